@@ -1,0 +1,222 @@
+"""Every setting of the built-in parts, with its default, unit and source. Imports nothing heavy.
+
+A section with a choice carries `name`; the class here whose `name` has that default is its schema. Someone else's
+part (a dotted import path) brings its own `Config` beside the class. Defaults are the published recipe; the files in
+`configs/` say what differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+IMAGENET = 1_281_167  # pictures in the training set; published schedules are stated in its epochs
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class DataSettings:
+    """What every data set has."""
+
+    name: str = MISSING
+    image_size: int = 256  # pixels, side of the square picture
+    crop: Literal["center", "random"] = "center"  # training crop; random: shorter side to 1.5 x, then a random square
+    flip: bool = False  # random horizontal flip in training
+    limit: int | None = None  # use only the first so many pictures of each split
+
+
+@dataclass
+class ShapesSettings(DataSettings):
+    """Procedural scenes, drawn on the fly."""
+
+    name: str = "shapes"
+    image_size: int = 64
+    train: int = 20_000  # scenes in the split
+    val: int = 1_000
+    test: int = 2_000
+    seed: int = 0
+    max_objects: int = 4
+    textured: float = 0.5  # share of scenes with a textured background
+    questions: int = 6  # per scene
+
+
+@dataclass
+class FolderSettings(DataSettings):
+    """Class sub-folders, or one flat folder of pictures."""
+
+    name: str = "folder"
+    root: str = ""  # has train/ val/ test/ sub-folders, or is split by `holdout`
+    holdout: float = 0.1  # share of pictures for val and again for test, where root has no such sub-folders
+    seed: int = 0  # of that split
+
+
+@dataclass
+class HubSettings(DataSettings):
+    """A Hugging Face data set id, or local parquet / arrow / webdataset shards."""
+
+    name: str = "hub"
+    path: str = ""  # hub id, folder, or glob of shards
+    config: str | None = None  # the data set's own configuration name
+    revision: str | None = None
+    streaming: bool = False
+    split_train: str = "train"
+    split_val: str = "validation"
+    split_test: str = "test"
+    columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, e.g. {image: img, label: fine_label}
+    shuffle_buffer: int = 10_000  # streaming only
+
+
+@dataclass
+class EasyVQASettings(DataSettings):
+    """The easy-VQA data set from its wheel: 64 px, one shape a picture."""
+
+    name: str = "easy_vqa"
+    image_size: int = 64
+    holdout: float = 0.1  # share of the training pictures that becomes val
+
+
+# -------------------------------------------------------------------------------------------------------- latents
+
+
+@dataclass
+class LatentSettings:
+    name: str = MISSING
+    normalizer: Literal["none", "scalar", "channel", "position", "sphere"] = "position"
+    stats: str | None = None  # an official stat.pt or a cache's stats.safetensors; None: measured on the training data
+
+
+@dataclass
+class DINOv2Settings(LatentSettings):
+    """Frozen DINOv2 patch tokens after a LayerNorm without affine (RAE, arXiv 2510.11690)."""
+
+    name: str = "dinov2"
+    weights: str = "facebook/dinov2-with-registers-base"  # hub id, local folder, or asset:<name> (umm assets list)
+    revision: str | None = None
+    image_size: int = 256  # pixels of the picture the latent stands for
+    encoder_size: int | None = None  # pixels the encoder sees; None: one token for each 16 px of the picture
+    layers: list[int] = field(default_factory=lambda: [-1])  # blocks, each normed, averaged (RAEv2); [-1] is RAE
+    encode_batch: int = 64  # pictures per encoder call when a data set is encoded
+
+
+# ---------------------------------------------------------------------------------------------------------- cache
+
+
+@dataclass
+class CacheSettings:
+    """The latent cache a run reads. Without `dir` the encoder runs in every step."""
+
+    dir: str | None = None  # made on first use; refused when it was made with anything else than this run asks for
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the stored latents
+    pictures: bool = True  # keep the uint8 pictures beside the latents (reconstruction needs them)
+    flip: bool = False  # also store the mirrored picture
+    shard_size: int = 4096  # pictures a shard
+
+
+# ---------------------------------------------------------------------------------------------------------- optim
+
+
+@dataclass
+class OptimSettings:
+    """AdamW and a schedule counted in images."""
+
+    lr: float = 2e-4
+    final_lr: float = 2e-5  # reached at the last image of the schedule
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = IMAGENET  # images of linear warm-up from zero
+    constant: int = 0  # images at the full rate after the warm-up
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay_images: int | None = None  # image count at which final_lr is reached; None: the end of the run
+    clip: float = 0.0  # global gradient norm; 0: off
+
+
+# ------------------------------------------------------------------------------------------------------- recon task
+
+
+@dataclass
+class DecoderSettings:
+    """MAE-style ViT decoder; size B, L or XL as published, or S, Ti, or `custom` with the numbers below."""
+
+    name: str = "decoder"
+    size: Literal["Ti", "S", "B", "L", "XL", "custom"] = "XL"
+    width: int | None = None  # custom only
+    depth: int | None = None
+    heads: int | None = None
+    mlp: int | None = None
+    output_size: int | None = None  # pixels; None: the picture size the latent stands for
+    checkpoint_gradients: bool = False
+
+
+@dataclass
+class PerceptualSettings:
+    """`lpips-vgg` and `lpips-alex` need torchvision's weights; `encoder` and `judge` features are to be had offline."""
+
+    name: Literal["none", "lpips-vgg", "lpips-alex", "encoder", "judge"] = "lpips-vgg"
+    weight: float = 1.0
+    layers: list[int] = field(default_factory=lambda: [2, 5, 8, 11])  # blocks of the encoder, for `encoder`
+
+
+@dataclass
+class AdversarialSettings:
+    """GAN on frozen ViT features (StyleGAN-T heads), adaptive weight (VQGAN, arXiv 2012.09841, eq. 7)."""
+
+    weight: float = 0.75  # 0: no discriminator at all
+    backbone: str = "hub:vit_small_patch8_224.dino"  # hub:<timm name>, a local file, or asset:<name>
+    taps: list[int] = field(default_factory=lambda: [2, 5, 8, 11])  # blocks whose tokens feed a head; the last again
+    input_size: int = 224  # pixels the backbone sees
+    start_discriminator: int = 6 * IMAGENET  # images after which the discriminator trains
+    start_generator: int = 8 * IMAGENET  # images after which the decoder hears it
+    adaptive: bool = True
+    max_adaptive: float = 1e4
+    diffaug: list[str] = field(default_factory=lambda: ["translation", "color"])
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+@dataclass
+class ReconSettings:
+    """Stage 1: a decoder for a frozen latent space."""
+
+    decoder: DecoderSettings = field(default_factory=DecoderSettings)
+    l1: float = 1.0
+    l2: float = 0.0
+    perceptual: PerceptualSettings = field(default_factory=PerceptualSettings)
+    adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
+    noise: float = 0.8  # tau: the decoder trains on z + sigma * eps, in the encoder's own units
+    noise_law: Literal["uniform", "half_normal"] = "uniform"  # sigma ~ U(0, tau) (the code) or |N(0, tau^2)| (the paper)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    ema: float = 0.9978  # per step
+
+
+# ------------------------------------------------------------------------------------------------------------ run
+
+
+@dataclass
+class TrainSettings:
+    images: int = 16 * IMAGENET  # pictures to train on, repeats counted
+    batch_size: int = 512  # pictures per optimiser step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches per step
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    workers: int = 4  # loader processes of each training process; 0: load in the training process
+    log_every: int = 50  # steps
+    sample_every: int = IMAGENET  # images between picture grids
+    evaluate_every: int = 0  # images between evaluations on val; 0: only at the end
+    save_every: int = IMAGENET // 4  # images between checkpoints
+    keep: int = 2  # newest checkpoints kept
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # log.jsonl always
+
+
+@dataclass
+class EvalSettings:
+    split: Literal["val", "test"] = "val"
+    images: int | None = None  # at most so many; None: the split
+    batch_size: int = 64
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips", "fd", "bands"])
+    features: list[str] = field(default_factory=lambda: ["inception"])  # spaces for the set metrics
+    neighbors: int = 5  # k of precision, recall, density, coverage
+    bootstrap: int = 1000  # resamples for the confidence intervals
+    lpips: Literal["alex", "vgg"] = "alex"
