@@ -1,15 +1,20 @@
 """The contract of a task: what is trained and how it is judged. `train.py` and `evaluate.py` know only this.
 
-A task owns its networks, its optimisers' parameter groups, its data order and its random stream, so tasks that share no
-parameter, trained in one loop, equal the same tasks trained apart.
+A task owns its networks, its optimisers, its data order and its random stream, so tasks that share no parameter,
+trained in one loop, equal the same tasks trained apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from umm.data.base import DataSource
+from umm.latents.base import LatentSpace
 from umm.rng import PictureRNG
 from umm.settings import OptimSettings
 
@@ -19,10 +24,14 @@ class Phase:
     """One optimiser's turn in a step: some tasks alternate two (decoder, discriminator)."""
 
     name: str
-    module: nn.Module  # what is optimised, wrapped for DDP by the loop
+    module: nn.Module  # what is optimised
     optim: OptimSettings
-    ema: float | None = None  # decay per step of an averaged copy, None: no copy
-    start: int = 0  # images after which this phase takes its turn; its schedule starts there
+    ema: float | None = None  # decay per step of an averaged copy; None: no copy
+    start: int = 0  # images after which this phase takes its turns; its schedule starts there
+    forward: Callable = field(init=False)  # the module as the loop wraps it; call this in `loss`
+
+    def __post_init__(self):
+        self.forward = self.module
 
 
 @dataclass
@@ -35,10 +44,21 @@ class Records:
 
 
 class Task:
-    """Built from settings and a frozen latent space; `name` is its file's name."""
+    """Built from the whole configuration, a frozen latent space and the validation pictures.
+
+    `name` is its file's name, `keys` the fields of a batch it reads. Latents in a batch ("latent") are in the encoder's
+    own units; `space.normalizer` standardises them.
+    """
 
     name: str = ""
+    keys: tuple[str, ...] = ("image", "latent")
     phases: list[Phase]
+
+    def __init__(self, config: DictConfig, space: LatentSpace, val: DataSource | None):
+        self.config, self.space, self.val, self.seed = config, space, val, config.seed
+
+    def begin(self, phase: str) -> None:
+        """Called before the micro-batches of a step."""
 
     def loss(self, phase: str, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
         """Loss terms of one micro-batch, means over its pictures; "loss" is trained on, the rest is logged.
@@ -46,3 +66,28 @@ class Task:
         `images` is the number of pictures trained on before this step (schedules are counted in it).
         """
         raise NotImplementedError
+
+    def end(self, phase: str, mean: Callable[[Tensor], Tensor]) -> None:
+        """Called after the micro-batches; `mean` averages a tensor over the processes."""
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs beside weights and optimisers."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`."""
+
+    def sample(self, modules: dict[str, nn.Module], file: Path) -> None:
+        """Draw what the task makes into a PNG; `modules` are the phases' averaged weights."""
+
+    def heads(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """The heads of a `UnifiedModel`, from the phases' averaged weights."""
+        raise NotImplementedError
+
+    def head_settings(self) -> dict[str, dict]:
+        """{head: {"settings": its dataclass as a dictionary, "facts": what else `from_config` needs}}."""
+        raise NotImplementedError
+
+    def facts(self) -> dict:
+        """Provenance for the saved model, e.g. {"trained_with": families of networks that took part}."""
+        return {}

@@ -86,6 +86,8 @@ class LatentSettings:
     name: str = MISSING
     normalizer: Literal["none", "scalar", "channel", "position", "sphere"] = "position"
     stats: str | None = None  # an official stat.pt or a cache's stats.safetensors; None: measured on the training data
+    stats_images: int = 50_000  # pictures to measure on where no cache holds exact statistics
+    encode_batch: int = 64  # pictures per encoder call when a data set is encoded
 
 
 @dataclass
@@ -98,7 +100,6 @@ class DINOv2Settings(LatentSettings):
     image_size: int = 256  # pixels of the picture the latent stands for
     encoder_size: int | None = None  # pixels the encoder sees; None: one token for each 16 px of the picture
     layers: list[int] = field(default_factory=lambda: [-1])  # blocks, each normed, averaged (RAEv2); [-1] is RAE
-    encode_batch: int = 64  # pictures per encoder call when a data set is encoded
 
 
 # ---------------------------------------------------------------------------------------------------------- cache
@@ -108,7 +109,7 @@ class DINOv2Settings(LatentSettings):
 class CacheSettings:
     """The latent cache a run reads. Without `dir` the encoder runs in every step."""
 
-    dir: str | None = None  # made on first use; refused when it was made with anything else than this run asks for
+    dir: str | None = None  # made on first use, refused when made otherwise; auto: a folder of UMM_CACHE by content
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the stored latents
     pictures: bool = True  # keep the uint8 pictures beside the latents (reconstruction needs them)
     flip: bool = False  # also store the mirrored picture
@@ -191,6 +192,86 @@ class ReconSettings:
     ema: float = 0.9978  # per step
 
 
+# --------------------------------------------------------------------------------------------- flow matching, sampling
+
+
+@dataclass
+class FlowSettings:
+    """How a generator is trained to predict; t = 1 is noise (umm/flow.py). RAE; RAEv2's values where they differ."""
+
+    prediction: Literal["velocity", "x", "noise"] = "velocity"  # RAEv2: x
+    loss_space: Literal["velocity", "x"] = "velocity"  # where the error is squared
+    t_eps: float = 0.05  # least divisor when an x or noise prediction becomes a velocity
+    density: Literal["logit_normal", "uniform"] = "logit_normal"  # of the time before the shift
+    mean: float = 0.0  # of logit t, logit_normal only
+    std: float = 1.0
+    truncate: float = 0.999  # times before the shift lie in [0, truncate]; RAEv2: 1
+    shift: float | None = None  # None: sqrt(numbers in a latent / shift_base)
+    shift_base: int = 4096
+
+
+@dataclass
+class GuidanceSettings:
+    """base + scale (full - base): 0 is the base, 1 no guidance. RAE: auto, 1.42; RAEv2: internal, 1.78 on [0.1, 1]."""
+
+    kind: Literal["none", "classifier_free", "auto", "internal"] = "none"
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)  # closed, in shifted time; outside of it no guidance
+    weak: str | None = None  # auto only: the run whose generator is guided away from
+
+
+@dataclass
+class SamplerSettings:
+    """How samples are drawn."""
+
+    method: Literal["euler", "heun", "sde"] = "euler"
+    grid: Literal["full", "rae"] = "full"  # full: `steps` steps down to 0 (RAEv2); rae: `steps` points, one step fewer
+    steps: int = 50
+    diffusion: Literal["sigma", "sin2"] = "sigma"  # sde only: w(t) = noise * t, or noise * sin^2(pi t)
+    noise: float = 1.0  # sde only
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+
+
+# ------------------------------------------------------------------------------------------------------------ dit
+
+
+@dataclass
+class DiTSettings:
+    """Diffusion transformer. The defaults are RAE's DiT^DH (arXiv 2510.11690); other published networks are
+
+    LightningDiT (2501.01423): head_depth 0;
+    DiT (2212.09748), SiT: head_depth 0, norm layer, mlp gelu, rope false, time sinusoid, patch 2 on VAE latents;
+    RAEv2 (2605.18324): size custom (1440, 28, 20), conditioning tokens, sincos false, qk_norm true, base_depth 8.
+
+    What the output stands for (velocity, x, noise) is the flow's business: `FlowSettings.prediction`.
+    """
+
+    name: str = "dit"
+    size: Literal["S", "B", "L", "XL", "custom"] = "XL"
+    width: int | None = None  # custom only
+    depth: int | None = None
+    heads: int | None = None
+    head_depth: int = 2  # blocks of the wide head, modulated token by token; 0: no such head
+    head_width: int = 2048
+    head_heads: int = 16
+    patch: int = 1  # latent positions along a token's side
+    mlp_ratio: float = 4.0  # hidden width of the MLP over its width; SwiGLU takes two thirds of it
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rms", "layer"] = "rms"  # layer: without weight and bias
+    qk_norm: bool = False  # RMS-normed queries and keys
+    rope: bool = True  # 2-D rotary positions
+    sincos: bool = True  # fixed 2-D sine-cosine positions added to the trunk's tokens
+    time: Literal["fourier", "sinusoid"] = "fourier"  # random frequencies, or DiT's geometric ones at 1000 t
+    conditioning: Literal["adaln", "tokens"] = "adaln"  # tokens: in context, no adaLN in the trunk (RAEv2)
+    time_tokens: int = 4  # with conditioning tokens
+    class_tokens: int = 8
+    base_depth: int = 0  # trunk blocks before an auxiliary output, the guide of internal guidance; 0: none
+    repa_depth: int = 0  # trunk blocks before the REPA projector (arXiv 2410.06940: 8); 0: none
+    repa_dim: int | None = None  # width of the features to align with; None: channels of the latent
+    repa_layers: int = 3  # of the projector, 2048 wide between; 1: a linear map
+    checkpoint_gradients: bool = False  # recompute blocks in the backward pass instead of keeping activations
+
+
 # ------------------------------------------------------------------------------------------------------------ run
 
 
@@ -199,7 +280,8 @@ class TrainSettings:
     images: int = 16 * IMAGENET  # pictures to train on, repeats counted
     batch_size: int = 512  # pictures per optimiser step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches per step
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
     compile: bool = False
     workers: int = 4  # loader processes of each training process; 0: load in the training process
     log_every: int = 50  # steps

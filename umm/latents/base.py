@@ -187,6 +187,7 @@ class LatentSpace(nn.Module):
     spec: LatentSpec
     normalizer: Normalizer
     Config: type  # its settings, a dataclass
+    families: tuple[str, ...] = ()  # networks inside; a judge of the same family has a conflict of interest
 
     @classmethod
     def from_config(cls, config) -> LatentSpace:

@@ -1,0 +1,115 @@
+"""From settings to objects: the latent space, the pictures, their cache, the statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+
+from umm import assets, cache
+from umm.data.base import DataSource, collate
+from umm.errors import ConfigError
+from umm.latents.base import LatentSpace, RunningStats
+from umm.loader import permutation, to_device
+from umm.progress import Progress
+from umm.registry import find
+from umm.runs import Run
+
+
+def settings_of(section: DictConfig):
+    """A section as the dataclass it was made from."""
+    return OmegaConf.to_object(section)
+
+
+def build_space(section: DictConfig) -> LatentSpace:
+    return find("latents", section.name).from_config(settings_of(section))
+
+
+def open_source(config: DictConfig, split: str) -> DataSource:
+    """The pictures of a split.
+
+    Raises:
+        ConfigError: the pictures and the latent space disagree about the picture size.
+    """
+    if config.data.image_size != config.latent.image_size:
+        raise ConfigError(
+            f"data.image_size={config.data.image_size} but latent.image_size={config.latent.image_size}: "
+            "make them equal."
+        )
+    return find("data", config.data.name).from_config(settings_of(config.data), split)
+
+
+def training_data(config: DictConfig, space: LatentSpace, accelerator: Accelerator):
+    """The training pictures, or their latent cache where the run has one (made here if need be)."""
+    source = open_source(config, "train")
+    if config.cache.dir is None:
+        if source.streaming:
+            raise ConfigError(
+                "a streaming data set has no order to resume from: set cache.dir (or cache.dir=auto), so that one "
+                "pass over the stream encodes it, or data.streaming=false."
+            )
+        return source
+    if config.data.crop != "center":
+        raise ConfigError("a latent cache holds centre crops: set data.crop=center, or cache.dir=null.")
+    if config.data.flip and not config.cache.flip:
+        raise ConfigError("data.flip=true on cached latents needs the mirrored ones too: set cache.flip=true.")
+    return open_cache(config, space, source, accelerator)
+
+
+def cache_folder(config: DictConfig, space: LatentSpace, source: DataSource) -> Path:
+    """`<cache.dir>/<split>`; `auto` is a folder of UMM_CACHE named by everything that fixes the latents."""
+    settings = settings_of(config.cache)
+    if settings.dir == "auto":
+        return assets.cache_root() / "latents" / cache.key(source, space, settings)[:16] / source.split
+    return Path(settings.dir) / source.split
+
+
+def open_cache(config: DictConfig, space: LatentSpace, source: DataSource, accelerator: Accelerator):
+    """The latent cache of a source; its missing part is encoded first, shared by all processes."""
+    settings, folder = settings_of(config.cache), cache_folder(config, space, source)
+    if not cache.is_complete(folder):
+        total = None if source.streaming else len(source)
+        with Progress(total, enabled=accelerator.is_main_process, what=f"encoding {source.split}") as progress:
+            cache.build(
+                source,
+                space,
+                settings,
+                folder,
+                batch_size=config.latent.encode_batch,
+                progress=progress.update,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            )
+        accelerator.wait_for_everyone()
+    return cache.LatentCache.open(folder, cache.facts(source, space, settings))
+
+
+def fit_normalizer(space: LatentSpace, config: DictConfig, data, run: Run, accelerator: Accelerator) -> None:
+    """Give the space its statistics: imported ones, the cache's, or measured on `latent.stats_images` pictures."""
+    if space.normalizer.fitted:
+        return
+    if isinstance(data, cache.LatentCache):
+        space.normalizer.fit(data.stats)
+        return
+    file = run.folder / "stats.safetensors"
+    with accelerator.main_process_first():
+        if not file.exists():
+            save_file(measure(space, config, data).state_dict(), file)
+    space.normalizer.fit(RunningStats.from_state(load_file(file)))
+
+
+@torch.no_grad()
+def measure(space: LatentSpace, config: DictConfig, data: DataSource) -> RunningStats:
+    """Statistics of the latents of `latent.stats_images` training pictures, in an order that is part of the run."""
+    stats, device = RunningStats(), space.normalizer.mean.device
+    count = min(len(data), config.latent.stats_images)
+    chosen = permutation(len(data), config.seed, "statistics", 0)[:count].tolist()
+    with Progress(count, what="statistics") as progress:
+        for start in range(0, count, config.latent.encode_batch):
+            images = collate([{"image": data[i]["image"]} for i in chosen[start : start + config.latent.encode_batch]])
+            stats.update(space.raw(to_device(images["image"], device)))
+            progress.update(min(start + config.latent.encode_batch, count))
+    return stats

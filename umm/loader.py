@@ -1,0 +1,96 @@
+"""Endless, resumable data order: picture number n of a task is a function of (seed, task, n) alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from umm.data.base import collate
+from umm.rng import generator
+
+
+class Feed(Dataset):
+    """Position n of a task's data order -> its picture: a fresh permutation of the data every epoch.
+
+    Args:
+        data: a map-style `DataSource`, or a `LatentCache` (anything with `batch(indices, flips)`).
+        seed, name: the order and the augmentation belong to them.
+        flip: mirror half of the cached pictures (sources flip themselves, by their own setting).
+        keys: what to pass on; a scene's captions and masks need not travel to a task that ignores them.
+    """
+
+    def __init__(self, data, seed: int, name: str, flip: bool = False, keys: tuple[str, ...] = ("image", "latent")):
+        self.data, self.seed, self.name, self.flip, self.keys = data, seed, name, flip, keys
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def index(self, position: int) -> int:
+        """Which picture of the data set stands at this position."""
+        epoch, offset = divmod(position, len(self.data))
+        return int(permutation(len(self.data), self.seed, self.name, epoch)[offset])
+
+    def __getitem__(self, position: int) -> dict:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: list[int]) -> dict:
+        """One batch."""
+        indices = [self.index(position) for position in positions]
+        if hasattr(self.data, "batch"):
+            batch = self.data.batch(indices, flips=self.flips(positions) if self.flip else None)
+        else:
+            draws = [generator(self.seed, self.name, "augment", position) for position in positions]
+            batch = collate([self.data.load(index, draw) for index, draw in zip(indices, draws)])
+        return {key: value for key, value in batch.items() if key in self.keys}
+
+    def flips(self, positions: list[int]) -> list[bool]:
+        return [bool(torch.rand((), generator=generator(self.seed, self.name, "flip", n)) < 0.5) for n in positions]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(length: int, seed: int, name: str, epoch: int) -> torch.Tensor:
+    """The order of one epoch."""
+    return torch.randperm(length, generator=generator(seed, name, "order", epoch))
+
+
+def positions(step: int, batch_size: int, accumulate: int, process: int, processes: int) -> list[list[int]]:
+    """The positions of each micro-batch of a step on one process.
+
+    A step takes positions [step * batch_size, (step + 1) * batch_size) whatever the split.
+    """
+    each = batch_size // (accumulate * processes)
+    first = step * batch_size
+    starts = [first + (micro * processes + process) * each for micro in range(accumulate)]
+    return [list(range(start, start + each)) for start in starts]
+
+
+def batches(feed: Feed, plan: list[list[int]], workers: int, device: torch.device) -> Iterator[dict]:
+    """The batches of `plan`, loaded ahead by `workers` processes (0: in this one) and moved to `device`."""
+    loader = DataLoader(
+        feed,
+        batch_sampler=plan,
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+        pin_memory=device.type == "cuda",
+        # fork would copy the threads' locks of a process that has run torch
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    for batch in loader:
+        yield {key: to_device(value, device) for key, value in batch.items()}
+
+
+def to_device(value, device: torch.device):
+    """Tensors go to the device, uint8 pictures become float in [0, 1] there."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.to(device, non_blocking=True)
+    return value.float().div_(255) if value.dtype == torch.uint8 and value.ndim == 4 else value
+
+
+def _as_is(batch: dict) -> dict:
+    return batch
