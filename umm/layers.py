@@ -98,15 +98,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact GELU."""
+    """fc2(gelu(fc1(x))); `approximate` is the GELU's: "none" (ViT) or "tanh" (DiT)."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, approximate: str = "none"):
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class ViTBlock(nn.Module):
@@ -132,3 +133,15 @@ def tokens_of(latents: Tensor) -> Tensor:
 def grid_of(tokens: Tensor, height: int, width: int) -> Tensor:
     """(B, N, C) -> (B, C, h, w), the inverse of `tokens_of`."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def patchify(grid: Tensor, patch: int) -> Tensor:
+    """(B, C, h, w) -> (B, N, p * p * C), row by row, each patch laid out (row, column, channel)."""
+    x = grid.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h/p, p, w/p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """(B, N, p * p * C) of a height x width token grid -> (B, C, height * p, width * p), undoes `patchify`."""
+    x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))  # (B, h, w, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
