@@ -46,11 +46,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of x (..., N, head_dim): (a, b) -> (a cos - b sin, b cos + a sin)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-b, a], dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    return (at_least_float32(x) * cos + at_least_float32(turned) * sin).to(x.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half-precision tensors become float32, others stay: where sums of bfloat16 would lose digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight over the last axis, computed in at least float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -58,7 +63,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(at_least_float32(x), x.shape[-1:], at_least_float32(self.weight), self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
