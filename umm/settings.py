@@ -25,7 +25,7 @@ class DataSettings:
     image_size: int = 256  # pixels, side of the square picture
     crop: Literal["center", "random"] = "center"  # training crop; random: shorter side to 1.5 x, then a random square
     flip: bool = False  # random horizontal flip in training
-    limit: int | None = None  # use only the first so many pictures of each split
+    limit: int | None = None  # use only so many pictures of each split, a fair sample of it
 
 
 @dataclass
@@ -38,9 +38,9 @@ class ShapesSettings(DataSettings):
     val: int = 1_000
     test: int = 2_000
     seed: int = 0
-    max_objects: int = 4
+    max_objects: int = 4  # 2 to 5
     textured: float = 0.5  # share of scenes with a textured background
-    questions: int = 6  # per scene
+    questions: int = 6  # tried per scene; those without one clear answer are left out
 
 
 @dataclass
@@ -66,7 +66,8 @@ class HubSettings(DataSettings):
     split_val: str = "validation"
     split_test: str = "test"
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs, e.g. {image: img, label: fine_label}
-    shuffle_buffer: int = 10_000  # streaming only
+    shuffle_buffer: int = 10_000  # streaming only, pictures the train split is mixed within
+    seed: int = 0  # of that mixing
 
 
 @dataclass

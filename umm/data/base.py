@@ -12,12 +12,20 @@ An item is a dictionary:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from umm.errors import DataError
+
+SPLITS = ("train", "val", "test")
+log = logging.getLogger("umm")
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,15 @@ class Question:
 class DataSource(Dataset):
     """A map-style set of pictures: `source[i]` is deterministic, `source.load(i, generator)` augments.
 
-    A streaming source has `streaming = True`, no length, and is read by `stream(start)`.
+    `ids[i]` is the id of `source[i]`. Any first part of a source is a fair sample of it: sources sorted by class on
+    disk come in a fixed mixed order. A streaming source has `streaming = True`, no length and no ids, and is read by
+    `stream`.
     """
 
     Config: type
     split: str  # train, val or test
     image_size: int
+    ids: Sequence[str]
     classes: list[str] | None = None
     streaming: bool = False
 
@@ -61,14 +72,61 @@ class DataSource(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.load(index)
 
-    def stream(self, start: int = 0) -> Iterator[dict]:
-        """Items from number `start` on, in order. Map-style sources stream themselves."""
-        for index in range(start, len(self)):
-            yield self[index]
+    def stream(
+        self, start: int = 0, step: int = 1, augment: Callable[[int], torch.Generator] | None = None
+    ) -> Iterator[dict]:
+        """Items number start, start + step, ...; item n is the same whatever start and step.
+
+        A streaming train split goes on for ever, pass after pass; everything else ends. `augment(n)` is the generator
+        of item n's augmentation; without it, centre crops.
+        """
+        for index in range(start, len(self), step):
+            yield self.load(index, augment(index) if augment else None)
 
     def identity(self) -> dict[str, object]:
         """JSON-able facts that fix the pictures: name, version, split, sizes, a digest of the ids. A cache's key."""
         raise NotImplementedError
+
+
+@dataclass
+class BadPictures:
+    """Pictures that turn out unreadable while loading: each is counted and named once, the next readable one stands in.
+
+    The number of pictures and everybody else's index stay as they are in the middle of a run.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)  # picture -> why
+
+    def first_good(self, attempts: Iterable[tuple[str, Callable[[], Image.Image]]]) -> tuple[int, Image.Image]:
+        """(Position, picture) of the first of (name, read) that can be read.
+
+        Raises:
+            DataError: none can.
+        """
+        for position, (name, read) in enumerate(attempts):
+            try:
+                return position, read()
+            except DataError as error:
+                self._note(name, error)
+        raise DataError(f"not one readable picture among {len(self.reasons)}, the last: {list(self.reasons.values())[-1]}")
+
+    def _note(self, name: str, error: DataError) -> None:
+        if name not in self.reasons:
+            self.reasons[name] = str(error)
+            log.warning("bad picture %d, replaced by the next: %s", len(self.reasons), error)
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise DataError(f"no split is called '{split}': there are {', '.join(SPLITS)}.")
+
+
+def digest(parts: Iterable[object]) -> str:
+    """16 hexadecimal digits that stand for a sequence, for `identity`."""
+    joined = hashlib.sha256()
+    for part in parts:
+        joined.update(f"{part}\x1f".encode())
+    return joined.hexdigest()[:16]
 
 
 def collate(items: Sequence[dict]) -> dict[str, Tensor | list]:
