@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from umm import assets
 from umm.errors import ConfigError, MissingWeights, UnknownName, nearest
+from umm.latents._pretrained import load_pretrained
 from umm.layers import at_least_float32
 from umm.rng import PictureRNG, seeded_init
 from umm.settings import AdversarialSettings
@@ -44,7 +45,7 @@ class Discriminator(nn.Module):
             )
         self.input_size = input_size
         self._vit = (vit,)  # in a tuple, so that it is not a sub-module
-        self.heads = nn.ModuleList(head(vit.width) for _ in range(1 + len(vit.taps)))
+        self.heads = nn.ModuleList(token_head(vit.width) for _ in range(1 + len(vit.taps)))
 
     @classmethod
     def from_config(cls, config: AdversarialSettings) -> Discriminator:
@@ -72,7 +73,7 @@ class Discriminator(nn.Module):
         return torch.cat(logits, dim=1)
 
 
-def head(channels: int, kernel: int = 9) -> nn.Sequential:
+def token_head(channels: int, kernel: int = 9) -> nn.Sequential:
     """Tokens (B, C, N) -> logits (B, 1, N)."""
     last = spectral_norm(nn.Conv1d(channels, 1, 1))
     return nn.Sequential(convolution(channels, 1), Residual(convolution(channels, kernel)), last)
@@ -203,12 +204,10 @@ def families_of(name: str) -> tuple[str, ...]:
 
 
 def load_dinov2(folder: Path) -> nn.Module:
+    """A transformers folder of a DINOv2 without registers."""
     from transformers import Dinov2Model
 
-    network, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
-    if report["missing_keys"] or report["unexpected_keys"]:
-        raise MissingWeights(f"{folder} does not hold the weights of a DINOv2 model without registers.")
-    return network
+    return load_pretrained(folder, {"dinov2": Dinov2Model})
 
 
 def load_timm(name: str, input_size: int) -> nn.Module:

@@ -79,7 +79,7 @@ class LPIPSLoss(Perceptual):
 
 
 class EncoderLoss(Perceptual):
-    """`feature_distance` of patch tokens after chosen blocks of a frozen encoder.
+    """`feature_distance` of the patch tokens of chosen blocks of a frozen encoder.
 
     Args:
         features: `LatentSpace.features`, or any `(images, layers) -> [object with .patches (B, N, D)]` that lets
@@ -202,11 +202,6 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_generator(fake: Tensor) -> Tensor:
     """-mean D(fake)."""
     return -at_least_float32(fake).mean()
-
-
-def last_layer_gradients(loss: Tensor, weight: Tensor) -> Tensor:
-    """d loss / d weight; the graph is kept, and `weight.grad` is not touched."""
-    return torch.autograd.grad(loss, weight, retain_graph=True)[0]
 
 
 def adaptive_weight(grad_rec: Tensor, grad_gan: Tensor, maximum: float = 1e4) -> Tensor:
