@@ -1,0 +1,39 @@
+"""A judge whose relatives took part in training has a conflict of interest and stays out of the headline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+MARK = "†"  # beside the judge's name in a table
+
+# Names on one line are one lineage: another size, or a successor trained alike, is not an independent judge.
+LINEAGES = (
+    ("dino", "dinov2", "dinov3"),
+    ("inception", "efficientnet", "convnext", "resnet", "deit"),  # ImageNet classifiers: one label set
+    ("clip", "siglip", "siglip2"),
+)
+
+
+def lineage(family: str) -> tuple[str, ...]:
+    """The families related to one, itself included; a name nobody knows has no relatives but itself."""
+    return next((names for names in LINEAGES if family in names), (family,))
+
+
+def conflicts(judges: Mapping[str, Iterable[str]], trained_with: Iterable[str]) -> dict[str, str]:
+    """The judges to leave out of the headline, with the reason.
+
+    Args:
+        judges: {judge: families of its networks}; a judge without weights has none and never conflicts.
+        trained_with: families that took part in training as encoder, perceptual loss, discriminator, ...
+    """
+    excluded = {}
+    for judge, families in judges.items():
+        related = {name for family in families for name in lineage(family)}
+        if guilty := sorted(related.intersection(trained_with)):
+            excluded[judge] = f"{' and '.join(guilty)} took part in training"
+    return excluded
+
+
+def marked(judge: str, excluded: Mapping[str, str]) -> str:
+    """The judge's name as a table prints it."""
+    return f"{judge} {MARK}" if judge in excluded else judge
