@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from umm import losses
 from umm.build import settings_of
 from umm.data.base import DataSource, collate
-from umm.discriminator import Discriminator, diffaug, quantize
+from umm.discriminator import Discriminator, diff_augment, quantize
 from umm.heads.decoder import Decoder
 from umm.latents.base import LatentSpace
 from umm.loader import to_device
@@ -83,7 +83,7 @@ class Recon(Task):
         gradient = torch.autograd.grad(terms["rec"], pictures)[0]
         value = terms["rec"]
         if self.discriminator is not None and images >= settings.adversarial.start_generator:
-            augmented = diffaug(2 * pictures - 1, settings.adversarial.diffaug, rng.fork("diffaug"))
+            augmented = diff_augment(2 * pictures - 1, rng.fork("diffaug"), settings.adversarial.diffaug)
             gan = losses.hinge_generator(self.discriminator(augmented))
             gan_gradient = torch.autograd.grad(gan, pictures)[0]
             if settings.adversarial.adaptive:
@@ -123,10 +123,11 @@ class Recon(Task):
         policy = self.settings.adversarial.diffaug
         with torch.no_grad():
             fake = quantize(2 * self.decoder(batch["latent"]) - 1)
-        real = diffaug(2 * batch["image"] - 1, policy, rng.fork("real"))
-        fake = diffaug(fake, policy, rng.fork("fake"))
+        real = diff_augment(2 * batch["image"] - 1, rng.fork("real"), policy)
+        fake = diff_augment(fake, rng.fork("fake"), policy)
         # one forward for both: DDP and spectral norm want one forward for each backward
         real_logits, fake_logits = self.phases[1].forward(torch.cat([real, fake])).chunk(2)
+        self.discriminator.eval()  # one power iteration a step, however many micro-batches it has
         loss = losses.hinge_discriminator(real_logits, fake_logits)
         return {"loss": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
 
@@ -155,8 +156,10 @@ class Recon(Task):
         return {"decoder": {"settings": OmegaConf.to_container(self.config.recon.decoder), "facts": {}}}
 
     def facts(self) -> dict:
-        """Families of the networks that took part: judges of those families have a conflict of interest."""
-        families = set(self.space.families)
-        families |= set(self.perceptual.families) if self.perceptual is not None else set()
-        families |= set(self.discriminator.families) if self.discriminator is not None else set()
-        return {"trained_with": sorted(families)}
+        """{family: role} of the networks that took part: judges of those families have a conflict of interest."""
+        trained_with = dict.fromkeys(self.space.families, "encoder")
+        if self.perceptual is not None:
+            trained_with |= {family: "perceptual loss" for family in self.perceptual.families if family not in trained_with}
+        if self.discriminator is not None:
+            trained_with |= {family: "discriminator" for family in self.discriminator.families if family not in trained_with}
+        return {"trained_with": trained_with}

@@ -88,9 +88,14 @@ def listing() -> list[dict[str, object]]:
     ]
 
 
+def cache_root() -> Path:
+    """Where everything that can be made again lies: $UMM_CACHE, or ~/.cache/umm."""
+    return Path(os.environ.get("UMM_CACHE") or Path.home() / ".cache" / "umm").expanduser()
+
+
 def root() -> Path:
     """Where converted assets lie."""
-    return Path(os.environ.get("UMM_CACHE") or Path.home() / ".cache" / "umm").expanduser() / "assets"
+    return cache_root() / "assets"
 
 
 def _asset(name: str) -> Asset:

@@ -61,30 +61,46 @@ def training_data(config: DictConfig, space: LatentSpace, accelerator: Accelerat
 
 def cache_folder(config: DictConfig, space: LatentSpace, source: DataSource) -> Path:
     """`<cache.dir>/<split>`; `auto` is a folder of UMM_CACHE named by everything that fixes the latents."""
-    settings = settings_of(config.cache)
-    if settings.dir == "auto":
-        return assets.cache_root() / "latents" / cache.key(source, space, settings)[:16] / source.split
-    return Path(settings.dir) / source.split
+    if config.cache.dir != "auto":
+        return Path(config.cache.dir) / source.split
+    key = cache.cache_key(cache.key_facts(source, space, settings_of(config.cache)))
+    return assets.cache_root() / "latents" / f"{source.split}-{key[:16]}"
 
 
 def open_cache(config: DictConfig, space: LatentSpace, source: DataSource, accelerator: Accelerator):
     """The latent cache of a source; its missing part is encoded first, shared by all processes."""
     settings, folder = settings_of(config.cache), cache_folder(config, space, source)
-    if not cache.is_complete(folder):
-        total = None if source.streaming else len(source)
-        with Progress(total, enabled=accelerator.is_main_process, what=f"encoding {source.split}") as progress:
-            cache.build(
-                source,
-                space,
-                settings,
-                folder,
-                batch_size=config.latent.encode_batch,
-                progress=progress.update,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-            )
-        accelerator.wait_for_everyone()
-    return cache.LatentCache.open(folder, cache.facts(source, space, settings))
+    total = None if source.streaming else len(source)
+    with Progress(total, enabled=accelerator.is_main_process, what=f"encoding {source.split}") as progress:
+        cache.build(
+            source,
+            space,
+            settings,
+            folder,
+            batch_size=config.latent.encode_batch,
+            workers=config.train.workers,
+            progress=progress.update,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+    accelerator.wait_for_everyone()
+    # in the last of several processes to finish, `build` may have been the one that completed it
+    return cache.build(source, space, settings, folder)
+
+
+def cache_command(config: DictConfig, split: str, verify: bool) -> str:
+    """What `umm cache` does; returns what it has to say."""
+    accelerator = Accelerator(cpu=config.train.device == "cpu")
+    if config.cache.dir is None:
+        raise ConfigError("umm cache needs a place: set cache.dir=<folder>, or cache.dir=auto for one in UMM_CACHE.")
+    space = build_space(config.latent).to(accelerator.device)
+    made = open_cache(config, space, open_source(config, split), accelerator)
+    if verify:
+        made.verify()
+    size = sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file())
+    return f"{made.folder}: {len(made)} pictures, {size / 1e6:.1f} MB, {', '.join(made.fields)}" + (
+        ", every byte verified" if verify else ""
+    )
 
 
 def fit_normalizer(space: LatentSpace, config: DictConfig, data, run: Run, accelerator: Accelerator) -> None:

@@ -154,7 +154,8 @@ def flatten(config: Mapping, prefix: str = "", sections: bool = False) -> list[t
         if isinstance(value, Mapping | DictConfig) and len(value):
             rows += [(name, None)] * sections + flatten(value, f"{name}.", sections)
         else:
-            rows.append((name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value))
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            rows.append((name, list(plain) if isinstance(plain, tuple) else plain))  # YAML knows lists only
     return rows
 
 

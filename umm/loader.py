@@ -23,7 +23,9 @@ class Feed(Dataset):
     """
 
     def __init__(self, data, seed: int, name: str, flip: bool = False, keys: tuple[str, ...] = ("image", "latent")):
-        self.data, self.seed, self.name, self.flip, self.keys = data, seed, name, flip, keys
+        self.cached = hasattr(data, "batch")
+        self.data = data.select(*keys) if self.cached else data
+        self.seed, self.name, self.flip, self.keys = seed, name, flip, keys
 
     def __len__(self) -> int:
         return len(self.data)
@@ -39,11 +41,10 @@ class Feed(Dataset):
     def __getitems__(self, positions: list[int]) -> dict:
         """One batch."""
         indices = [self.index(position) for position in positions]
-        if hasattr(self.data, "batch"):
-            batch = self.data.batch(indices, flips=self.flips(positions) if self.flip else None)
-        else:
-            draws = [generator(self.seed, self.name, "augment", position) for position in positions]
-            batch = collate([self.data.load(index, draw) for index, draw in zip(indices, draws)])
+        if self.cached:
+            return self.data.batch(indices, flips=self.flips(positions) if self.flip else None)
+        draws = [generator(self.seed, self.name, "augment", position) for position in positions]
+        batch = collate([self.data.load(index, draw) for index, draw in zip(indices, draws)])
         return {key: value for key, value in batch.items() if key in self.keys}
 
     def flips(self, positions: list[int]) -> list[bool]:

@@ -123,7 +123,7 @@ def model_folder(path: Path) -> Path:
     if not path.exists():
         raise UmmError(f"{path} does not exist: give a run folder, e.g. runs/recon.")
     if (path / "config.yaml").exists():
-        raise UmmError(f"{path} has no model yet: its training has not reached the end. Give its umm train command again.")
+        raise UmmError(f"{path} has no model yet: its training has not ended. Give its umm train command again.")
     raise UmmError(f"{path} is neither a run nor a model folder.")
 
 

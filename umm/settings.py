@@ -188,7 +188,7 @@ class ReconSettings:
     perceptual: PerceptualSettings = field(default_factory=PerceptualSettings)
     adversarial: AdversarialSettings = field(default_factory=AdversarialSettings)
     noise: float = 0.8  # tau: the decoder trains on z + sigma * eps, in the encoder's own units
-    noise_law: Literal["uniform", "half_normal"] = "uniform"  # sigma ~ U(0, tau) (the code) or |N(0, tau^2)| (the paper)
+    noise_law: Literal["uniform", "half_normal"] = "uniform"  # sigma ~ U(0, tau) (code) or |N(0, tau^2)| (paper)
     optim: OptimSettings = field(default_factory=OptimSettings)
     ema: float = 0.9978  # per step
 

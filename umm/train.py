@@ -14,12 +14,11 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ class Learner:
         )
         phase.forward = self.wrapped = accelerator.prepare_model(phase.module)
 
-    def step(self, micro_batches: list[dict], plan: list[list[int]], images: int) -> dict[str, Tensor]:
+    def step(self, micro_batches: list[dict], plan: list[list[int]], images: int) -> dict[str, Tensor | float]:
         """One optimiser step on all micro-batches; returns the mean terms, still on the device."""
         total: dict[str, Tensor] = {}
         self.task.begin(self.phase.name)
@@ -111,6 +110,25 @@ class Learner:
         if self.ema:
             self.ema.update(self.phase.module)
         return norm
+
+
+class Window:
+    """Means of logged terms over some steps; nothing leaves the device before they are asked for."""
+
+    def __init__(self):
+        self.steps, self.sums, self.counts = 0, {}, {}
+
+    def add(self, logs: dict[str, Tensor | float]) -> None:
+        self.steps += 1
+        for name, value in logs.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, device: torch.device) -> dict[str, Tensor]:
+        return {
+            name: torch.as_tensor(total / self.counts[name], device=device, dtype=torch.float32)
+            for name, total in self.sums.items()
+        }
 
 
 class Trainer:
@@ -155,9 +173,9 @@ class Trainer:
         """Run to the end, or to a signal; returns the model folder."""
         feeds = {task.name: self.feed(task) for task in self.tasks}
         with self.signals(), Progress(self.images_at(self.steps), self.images_at(self.step), self.main) as progress:
-            waited, started = 0.0, time.perf_counter()
+            waited, started, window = 0.0, time.perf_counter(), Window()
             while self.step < self.steps and self.stop_signal is None:
-                logs = {}
+                logs: dict[str, Tensor] = {}
                 for task in self.tasks:
                     before = time.perf_counter()
                     micro_batches = [next(feeds[task.name]) for _ in range(self.settings.accumulate)]
@@ -165,10 +183,10 @@ class Trainer:
                     logs |= self.train_task(task, micro_batches)
                 self.step += 1
                 self.guard(logs)
+                window.add(logs)
                 if self.every(self.settings.log_every, steps=True):
-                    seconds, started = time.perf_counter() - started, time.perf_counter()
-                    self.log(logs, seconds, waited, progress)
-                    waited = 0.0
+                    self.log(window, time.perf_counter() - started, waited, progress)
+                    waited, started, window = 0.0, time.perf_counter(), Window()
                 self.due()
                 progress.advance(self.settings.batch_size)
         if self.stop_signal is not None:
@@ -265,7 +283,7 @@ class Trainer:
         if step >= self.steps:
             return
         feed = Feed(self.data, self.config.seed, self.tasks[0].name)
-        ids = [self.data.ids[feed.index(position)] for part in self.plan(step) for position in part]
+        ids = [self.data[feed.index(position)]["id"] for part in self.plan(step) for position in part]
         good = self.run.latest()
         raise NonFinite(
             f"the loss or a gradient is not finite at step {step} (images {self.images_at(step)}), pictures "
@@ -273,12 +291,13 @@ class Trainer:
             "Lower the learning rate, set a gradient clip, or look at those pictures."
         )
 
-    def log(self, logs: dict[str, Tensor], seconds: float, waited: float, progress: Progress) -> None:
+    def log(self, window: Window, seconds: float, waited: float, progress: Progress) -> None:
+        """Means since the last record, and how long the loop waited for its data."""
         self.check_finite()
-        values = self.accelerator.reduce({k: torch.as_tensor(v, device=self.device) for k, v in logs.items()}, "mean")
-        terms = {name: float(value) for name, value in values.items()}
-        speed = self.settings.log_every * self.settings.batch_size / seconds
+        means = self.accelerator.reduce(window.means(self.device), "mean")
+        terms = {name: float(value) for name, value in means.items()}
         record = {"step": self.step, "images": self.images_at(self.step), **terms}
+        speed = window.steps * self.settings.batch_size / seconds
         record |= {"images_per_second": round(speed, 2), "data_wait": round(waited / seconds, 4)}
         if self.main:
             self.run.log(record)
@@ -343,7 +362,7 @@ class Trainer:
         """After a signal: a checkpoint, a sentence, and the exit status shells expect."""
         self.save()
         if self.main:
-            print(f"stopped at step {self.step} of {self.steps}: {self.run.latest()}. The same command goes on from it.")
+            print(f"stopped at step {self.step} of {self.steps}; the same command goes on from {self.run.latest()}.")
         raise SystemExit(128 + self.stop_signal)
 
     def finish(self) -> Path:

@@ -1,0 +1,299 @@
+"""The loop: what micro-batches, interruptions and accidents may and may not change."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from umm.config import load
+from umm.errors import ConfigError, NonFinite, UmmError
+from umm.loader import Feed, positions
+from umm.runs import Run
+from umm.settings import OptimSettings
+from umm.train import EMA, Trainer, learning_rate, train
+
+TESTS = Path(__file__).parent
+GAN = [
+    "recon.adversarial.weight=0.75",
+    "recon.adversarial.backbone=fakes",
+    "recon.adversarial.start_discriminator=16",
+    "recon.adversarial.start_generator=32",
+    "recon.adversarial.optim.warmup=0",
+]
+
+
+@pytest.fixture
+def fake_discriminator(monkeypatch):
+    """A discriminator small enough for a test, with the spectral norms of the real one."""
+    from umm.tasks import recon
+
+    class Small(torch.nn.Module):
+        families = ("fake",)
+
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 4, 3, stride=2))
+
+        @classmethod
+        def from_config(cls, config):
+            return cls()
+
+        def forward(self, images):
+            return self.net(images).flatten(1)
+
+    monkeypatch.setattr(recon, "Discriminator", Small)
+
+
+def run_of(config_overrides, **changes):
+    return Run(train(load("recon", None, [*config_overrides, *(f"{k}={v}" for k, v in changes.items())])).parent)
+
+
+def final_tensors(run: Run) -> dict[str, torch.Tensor]:
+    folder = run.latest()
+    tensors = {f"model/{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    tensors |= {f"ema/{k}": v for k, v in load_file(folder / "ema.safetensors").items()}
+    state = torch.load(folder / "state.pt", weights_only=True)
+    for name, optimizer in state["optimizers"].items():
+        for index, values in optimizer["state"].items():
+            tensors |= {f"optimizer/{name}/{index}/{k}": v for k, v in values.items()}
+    return tensors
+
+
+def assert_identical(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[0]}"
+
+
+def test_training_lowers_the_loss_and_leaves_a_whole_run(fake_overrides):
+    run = run_of(fake_overrides, **{"train.images": 800})
+    log = run.read_log()
+    assert log[-1]["recon.decoder.l1"] < 0.7 * log[0]["recon.decoder.l1"]
+    assert log[-1]["images"] == 800 and run.facts["finished"]
+    assert (run.folder / "model" / "decoder.safetensors").exists()
+    assert (run.folder / "samples" / "000000800.png").stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(fake_overrides, tmp_path):
+    runs = [run_of(fake_overrides, run=tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    a, b, c = map(final_tensors, runs)
+    assert_identical(a, b)
+    assert not torch.equal(a["model/recon.decoder/pred.weight"], c["model/recon.decoder/pred.weight"])
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_micro_batches_train_like_one_large_batch(fake_overrides, tmp_path, fake_discriminator, adversarial):
+    """Also with the adaptive weight of the GAN and with noise: they belong to the step and the picture."""
+    extra = GAN if adversarial else []
+    one = run_of([*fake_overrides, *extra], run=tmp_path / "one")
+    four = run_of([*fake_overrides, *extra], run=tmp_path / "four", **{"train.accumulate": 4})
+    a, b = final_tensors(one), final_tensors(four)
+    for key in (k for k in a if k.startswith("model/")):
+        torch.testing.assert_close(a[key], b[key], rtol=2e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_the_adversarial_phases_begin_when_they_should(fake_overrides, fake_discriminator):
+    log = run_of([*fake_overrides, *GAN], **{"train.log_every": 1}).read_log()
+    first_d = next(r["images"] for r in log if "recon.discriminator.loss" in r)
+    first_g = next(r["images"] for r in log if "recon.decoder.gan" in r)
+    assert (first_d, first_g) == (16 + 8, 32 + 8)
+    weights = [r["recon.decoder.adaptive"] for r in log if "recon.decoder.adaptive" in r]
+    assert weights[0] == 0 and all(w > 0 for w in weights[1:])
+
+
+def test_an_interrupted_run_ends_bit_identical(fake_overrides, tmp_path, fake_discriminator, monkeypatch):
+    """Stopped in the middle of an epoch, between checkpoints' steps and the log's."""
+    whole = run_of([*fake_overrides, *GAN], run=tmp_path / "whole")
+    stopped = [*fake_overrides, *GAN, f"run={tmp_path / 'stopped'}"]
+    original, calls = Trainer.train_task, []
+
+    def stop_after_nine(self, task, micro_batches):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return original(self, task, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_task", stop_after_nine)
+    with pytest.raises(KeyboardInterrupt):
+        train(load("recon", None, stopped))
+    monkeypatch.setattr(Trainer, "train_task", original)
+    again = run_of(stopped)
+    assert_identical(final_tensors(whole), final_tensors(again))
+    steps = [record["step"] for record in again.read_log()]
+    assert steps == sorted(set(steps)), "steps that were taken again are logged once"
+
+
+def command(overrides) -> list[str]:
+    return [sys.executable, "-m", "umm", "train", "--task", "recon", *overrides]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its first checkpoint"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_bit_identical(fake_overrides, tmp_path):
+    """kill -9 at moments nobody chose, then the same command, with loader processes."""
+    settings = [*fake_overrides, "train.images=4000", "train.save_every=200", "train.workers=1"]
+    whole = run_of([*settings, "train.workers=0"], run=tmp_path / "whole")
+    killed = [*settings, f"run={tmp_path / 'killed'}"]
+    for pause in (0.0, 0.15):
+        process = subprocess.Popen(command(killed), env=environment(), stdout=-3, stderr=-3, start_new_session=True)
+        wait_for_checkpoint(tmp_path / "killed", process)
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(killed), env=environment(), check=True, capture_output=True)
+    assert_identical(final_tensors(whole), final_tensors(Run(tmp_path / "killed")))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_how_to_go_on(fake_overrides, tmp_path):
+    run = tmp_path / "run"
+    settings = [*fake_overrides, "train.images=400000", "train.save_every=80"]
+    process = subprocess.Popen(command(settings), env=environment(), stdout=subprocess.PIPE, stderr=-3, text=True)
+    wait_for_checkpoint(run, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    newest = Run(run).latest()
+    assert f"goes on from {newest}" in output
+    assert torch.load(newest / "state.pt", weights_only=True)["step"] == int(newest.name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(fake_overrides, tmp_path):
+    settings = [*fake_overrides, "recon.l2=0.5"]
+    one = run_of(settings, run=tmp_path / "one")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "umm", "train", "--task", "recon"]
+    done = subprocess.run(
+        [*launch, *settings, f"run={tmp_path / 'two'}"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = final_tensors(one), final_tensors(Run(tmp_path / "two"))
+    for key in (k for k in a if k.startswith("model/")):
+        torch.testing.assert_close(a[key], b[key], rtol=2e-4, atol=2e-5)
+
+
+def test_a_non_finite_loss_names_step_pictures_and_checkpoint(fake_overrides):
+    settings = [*fake_overrides, "latent.break_on_black=true", "data.poison=30", "latent.stats_images=1"]
+    config = load("recon", None, settings)
+    feed = Feed(range(37), 0, "recon")
+    bad = next(n for n in range(10**6) if feed.index(n) == 30) // 8
+    expected = f"not finite at step {bad} .*train-30.*checkpoint"
+    if bad < 4:
+        expected = f"not finite at step {bad} .*train-30.*checkpoint: none"
+    with pytest.raises(NonFinite, match=expected):
+        train(config)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(fake_overrides, monkeypatch):
+    from umm import train as module
+
+    original, calls = module.save_file, []
+
+    def full(tensors, path, *rest):
+        calls.append(path)
+        if "checkpoints" in str(path) and len([c for c in calls if "checkpoints" in str(c)]) > 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(tensors, path, *rest)
+
+    monkeypatch.setattr(module, "save_file", full)
+    config = load("recon", None, fake_overrides)
+    with pytest.raises(UmmError, match="No space left on device.*Earlier checkpoints are untouched"):
+        train(config)
+    run = Run(config.run)
+    assert run.latest().name == "00000004"
+    assert load_file(run.latest() / "model.safetensors")
+    assert not list((run.folder / "checkpoints").glob(".*partial"))
+    monkeypatch.setattr(module, "save_file", original)
+    assert Run(train(config).parent).latest().name == "00000012"
+
+
+def test_an_unwritable_run_folder_is_one_sentence(fake_overrides, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UmmError, match="cannot write the run folder"):
+        train(load("recon", None, [*fake_overrides, f"run={tmp_path / 'file' / 'run'}"]))
+
+
+def test_another_configuration_in_the_same_folder_is_refused(fake_overrides):
+    run_of(fake_overrides)
+    with pytest.raises(ConfigError, match=r"'recon.optim.lr' was 0.001 and is 0.01 now.*run="):
+        run_of(fake_overrides, **{"recon.optim.lr": "1e-2"})
+
+
+def test_what_does_not_touch_the_numbers_may_change_on_resuming(fake_overrides):
+    run_of(fake_overrides)
+    run_of(fake_overrides, **{"train.log_every": 1, "train.keep": 5})
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(fake_overrides):
+    with pytest.raises(ConfigError, match="batch_size=8 cannot be shared equally"):
+        run_of(fake_overrides, **{"train.accumulate": 3})
+
+
+@pytest.mark.parametrize("processes,accumulate", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)])
+def test_every_split_of_a_step_covers_the_same_positions(processes, accumulate):
+    parts = [p for r in range(processes) for p in positions(3, 16, accumulate, r, processes)]
+    assert sorted(n for part in parts for n in part) == list(range(48, 64))
+
+
+def test_an_epoch_shows_every_picture_once():
+    feed = Feed(range(37), seed=0, name="recon")
+    epochs = [[feed.index(n) for n in range(e * 37, (e + 1) * 37)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(37)) and epochs[0] != epochs[1]
+
+
+def test_the_learning_rate_follows_its_schedule():
+    optim = OptimSettings(lr=2e-4, final_lr=2e-5, warmup=100, constant=200, decay="linear", decay_images=1300)
+    rates = [learning_rate(optim, n, 2000) for n in (0, 50, 100, 300, 800, 1300, 2000)]
+    assert rates == pytest.approx([0, 1e-4, 2e-4, 2e-4, 1.1e-4, 2e-5, 2e-5])
+    cosine = OptimSettings(lr=1.0, final_lr=0.0, warmup=0, decay="cosine")
+    assert [learning_rate(cosine, n, 100) for n in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+
+
+def test_the_average_has_its_closed_form():
+    module = torch.nn.Linear(2, 2, bias=False)
+    start = module.weight.detach().clone()
+    ema = EMA(module, decay=0.9)
+    with torch.no_grad():
+        for step in range(1, 6):
+            module.weight.fill_(step)
+            ema.update(module)
+    expected = 0.9**5 * start + sum(0.1 * 0.9 ** (5 - step) * step for step in range(1, 6))
+    torch.testing.assert_close(ema.module.weight, expected)
+
+
+def test_the_saved_model_holds_the_average_and_not_the_weights(fake_overrides):
+    run = run_of(fake_overrides)
+    saved = load_file(run.folder / "model" / "decoder.safetensors")
+    tensors = final_tensors(run)
+    assert torch.equal(saved["pred.weight"], tensors["ema/recon.decoder/pred.weight"])
+    assert not torch.equal(saved["pred.weight"], tensors["model/recon.decoder/pred.weight"])
+
+
+def test_the_run_says_where_its_numbers_come_from(fake_overrides):
+    run = run_of(fake_overrides)
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert {"command", "config_hash", "seed", "commit", "versions", "host", "created", "finished"} <= facts.keys()
+    assert all(0 <= record["data_wait"] <= 1 for record in run.read_log())

