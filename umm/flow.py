@@ -215,7 +215,7 @@ def internal_guidance(network: Callable, scale: float, interval: Interval = (0.1
 
 # ----------------------------------------------------------------------------------------------------------- samplers
 #
-# `velocity(x, t)` is a field with its conditions bound; x starts as standard normal numbers, (B, ...), at grid[0] = 1.
+# `velocity(x, t)` is a field with its conditions bound; x starts as standard normal numbers, (B, ...), at t = grid[0].
 
 
 def euler(velocity: Field, x: Tensor, grid: Tensor, callback: Callback | None = None) -> Tensor:
@@ -334,8 +334,9 @@ def _acts(t: Tensor, scale: float, interval: Interval) -> bool:
 
 
 def _extrapolate(full: Tensor, base: Tensor, t: Tensor, scale: float, interval: Interval) -> Tensor:
-    """base + scale (full - base) inside the interval, full outside; in t's precision, as bfloat16 would lose it."""
-    full, base = full.to(t.dtype), base.to(t.dtype)
+    """base + scale (full - base) inside the interval, full outside; bfloat16 would lose the difference."""
+    dtype = torch.promote_types(full.dtype, torch.float32)
+    full, base = full.to(dtype), base.to(dtype)
     inside = _column((t >= interval[0]) & (t <= interval[1]), full)
     return torch.where(inside, torch.lerp(base, full, scale), full)  # lerp is exact at 0 and 1
 
