@@ -40,7 +40,7 @@ def locate(weights: str, revision: str | None = None) -> Path:
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download
 
     arguments = {"repo_id": repo, "revision": revision, "allow_patterns": NEEDED_FILES}
     try:
@@ -48,12 +48,13 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             cached = Path(snapshot_download(**arguments, local_files_only=True))
             if (cached / "config.json").exists() and any(cached.glob("*.safetensors")):
                 return cached
-        return Path(snapshot_download(**arguments, etag_timeout=10))
+        model_info(repo, revision=revision, timeout=10)  # one try: a download alone waits for minutes on a dead hub
+        return Path(snapshot_download(**arguments))
     except Exception as error:  # the hub has a dozen kinds: offline, no such repository, gated, not an id, timeout
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
         raise MissingWeights(
             f"the weights '{repo}' are no local folder and cannot be had from the hub ({reason}): give a folder in "
-            "transformers layout, or latents.weights=asset:dinov2-small-saliency, which needs no hub."
+            "transformers layout, or latent.weights=asset:dinov2-small-saliency, which needs no hub."
         ) from error
 
 
@@ -81,6 +82,22 @@ def load_pretrained(folder: Path, classes: Mapping[str, type[nn.Module]]) -> nn.
             f"{len(unexpected)} are not part of the model {unexpected[:3]}."
         )
     return model
+
+
+def read_tensors(file: Path) -> dict:
+    """What a .safetensors file or a `torch.save` file of plain tensors holds, on the CPU; never unpickles code.
+
+    Raises:
+        MissingWeights: no such file, truncated, or not plain tensors.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors have many kinds
+        raise MissingWeights(f"{file} cannot be read as tensors ({_first_line(error)}).") from error
 
 
 def _model_type(folder: Path) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from umm.errors import DataError
+from umm.latents._pretrained import read_tensors
 from umm.latents.base import RunningStats
 
 
@@ -20,26 +20,16 @@ def load_stats(source: str | Path | Mapping[str, Tensor | None]) -> tuple[Tensor
             `stats.safetensors` of ours (count, mean, m2), or such a dictionary.
 
     Raises:
-        DataError: the file cannot be read, or holds neither.
+        MissingWeights: the file cannot be read.
+        DataError: it holds no statistics.
     """
-    state = source if isinstance(source, Mapping) else _read(Path(source).expanduser())
+    state = source if isinstance(source, Mapping) else read_tensors(Path(source).expanduser())
     if not isinstance(state, Mapping) or not {"mean", "var", "m2"} & set(state):
         raise DataError(f"{_name(source)} holds no latent statistics: it needs mean and var, or count, mean and m2.")
     if "m2" in state:
         stats = RunningStats.from_state(state)
         return stats.mean, stats.var
     return state.get("mean"), state.get("var")
-
-
-def _read(file: Path) -> Mapping[str, Tensor | None]:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds: not a zip, not a safetensors file, pickled code, no such file
-        raise DataError(f"the latent statistics {file} cannot be read ({str(error).splitlines()[0]}).") from error
 
 
 def _name(source: object) -> str:

@@ -46,6 +46,7 @@ class DINOv2(LatentSpace):
     """
 
     Config = DINOv2Settings
+    families = ("dinov2",)
 
     def __init__(
         self,
