@@ -16,6 +16,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from umm.errors import DataError
 
+T = TypeVar("T")
 SPLITS = ("train", "val", "test")
 log = logging.getLogger("umm")
 
@@ -97,23 +99,25 @@ class BadPictures:
 
     reasons: dict[str, str] = field(default_factory=dict)  # picture -> why
 
-    def first_good(self, attempts: Iterable[tuple[str, Callable[[], Image.Image]]]) -> tuple[int, Image.Image]:
-        """(Position, picture) of the first of (name, read) that can be read.
+    def first_good(self, candidates: Iterable[tuple[str, T]], read: Callable[[T], Image.Image]) -> tuple[T, Image.Image]:
+        """The first of the (name, candidate) that `read` can read, and its picture.
 
         Raises:
-            DataError: none can.
+            DataError: none can be read.
         """
-        for position, (name, read) in enumerate(attempts):
+        reason = "there is none"
+        for name, candidate in candidates:
             try:
-                return position, read()
+                return candidate, read(candidate)
             except DataError as error:
-                self._note(name, error)
-        raise DataError(f"not one readable picture among {len(self.reasons)}, the last: {list(self.reasons.values())[-1]}")
+                reason = str(error)
+                self._note(name, reason)
+        raise DataError(f"no readable picture is left: {reason}")
 
-    def _note(self, name: str, error: DataError) -> None:
+    def _note(self, name: str, reason: str) -> None:
         if name not in self.reasons:
-            self.reasons[name] = str(error)
-            log.warning("bad picture %d, replaced by the next: %s", len(self.reasons), error)
+            self.reasons[name] = reason
+            log.warning("bad picture %d, replaced by the next: %s", len(self.reasons), reason)
 
 
 def check_split(split: str) -> None:
