@@ -41,6 +41,13 @@ class Records:
     numbers: list[dict] = field(default_factory=list)  # {"metric", "value", "low", "high", "n", "higher_is_better", ...}
     items: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> {picture id: value}
     fingerprints: dict[str, dict] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # sentences a reader of the numbers must see
+
+    def add(self, other: Records) -> None:
+        self.numbers += other.numbers
+        self.items |= other.items
+        self.fingerprints = other.fingerprints | self.fingerprints
+        self.notes += [note for note in other.notes if note not in self.notes]
 
 
 class Task:

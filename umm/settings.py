@@ -298,8 +298,9 @@ class EvalSettings:
     split: Literal["val", "test"] = "val"
     images: int | None = None  # at most so many; None: the split
     batch_size: int = 64
-    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips", "fd", "bands"])
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips", "bands", "fd", "kid", "prdc"])
     features: list[str] = field(default_factory=lambda: ["inception"])  # spaces for the set metrics
     neighbors: int = 5  # k of precision, recall, density, coverage
     bootstrap: int = 1000  # resamples for the confidence intervals
+    baselines: bool = True  # also the PSNR of the mean training picture, and of the decoder before training
     lpips: Literal["alex", "vgg"] = "alex"
