@@ -17,11 +17,11 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from umm.errors import MissingWeights, UmmError
 from umm.heads.decoder import Decoder, position_table
-from umm.latents._pretrained import UNUSED, installed_names, load_pretrained, locate, pixel_stats, read_tensors
 from umm.latents._stats import load_stats
 from umm.latents.base import LatentSpec
-from umm.latents.dinov2 import CLASSES, FINAL_NORM, DINOv2
+from umm.latents.dinov2 import CLASSES, FINAL_NORM, DINOv2, pixel_stats
 from umm.model import UnifiedModel, contiguous
+from umm.pretrained import UNUSED, installed_names, load_pretrained, locate, read_tensors
 from umm.rng import seeded_init
 
 DIFFUSERS_EPS = 1e-5  # diffusers divides by std + eps, where std is already sqrt(var + eps)

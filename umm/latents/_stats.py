@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from umm.errors import DataError
-from umm.latents._pretrained import read_tensors
 from umm.latents.base import RunningStats
+from umm.pretrained import read_tensors
 
 
 def load_stats(source: str | Path | Mapping[str, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:

@@ -5,8 +5,10 @@ B batch, C channels (the encoder's width), h w token grid, N = h * w, P tokens i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from umm.errors import ConfigError
-from umm.latents._pretrained import UNUSED, load_pretrained, locate, pixel_stats, sha256_of
 from umm.latents._stats import load_stats
 from umm.latents.base import (
     IMAGENET_MEAN,
@@ -26,6 +27,7 @@ from umm.latents.base import (
     check_images,
 )
 from umm.layers import grid_of
+from umm.pretrained import UNUSED, load_pretrained, locate, sha256_of
 from umm.rng import seeded_init
 from umm.settings import DINOv2Settings
 
@@ -171,6 +173,13 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
             f"or -{depth} to -1."
         )
     return found
+
+
+def pixel_stats(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Image mean and standard deviation of preprocessor_config.json, or ImageNet's where there is no such file."""
+    file = folder / "preprocessor_config.json"
+    facts = json.loads(file.read_text()) if file.exists() else {}
+    return tuple(facts.get("image_mean", IMAGENET_MEAN)), tuple(facts.get("image_std", IMAGENET_STD))
 
 
 def default_encoder_size(image_size: int, patch: int) -> int:

@@ -1,0 +1,149 @@
+"""Pretrained transformers models: found, loaded strictly, named the same in every version, digested."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from umm import assets
+from umm.errors import MissingWeights
+
+NEEDED_FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+UNUSED = ("embeddings.mask_token",)  # read in pretraining only; some files lack it
+
+# transformers 5.2x renamed the parts of attention in memory; its files keep the classic names
+CLASSIC = {
+    "attention.q_proj.": "attention.attention.query.",
+    "attention.k_proj.": "attention.attention.key.",
+    "attention.v_proj.": "attention.attention.value.",
+    "attention.o_proj.": "attention.output.dense.",
+}
+
+
+def locate(weights: str, revision: str | None = None) -> Path:
+    """The local folder of `asset:<name>`, of a folder, or of a hub id (from the hub's cache where it is there).
+
+    Raises:
+        MissingWeights: it is none of them, or the hub cannot be reached.
+    """
+    if weights.startswith("asset:"):
+        return assets.path(weights.removeprefix("asset:"))
+    folder = Path(weights).expanduser()
+    return folder if folder.is_dir() else _from_hub(weights, revision)
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, model_info, snapshot_download
+
+    arguments = {"repo_id": repo, "revision": revision, "allow_patterns": NEEDED_FILES}
+    try:
+        with contextlib.suppress(OSError):
+            cached = Path(snapshot_download(**arguments, local_files_only=True))
+            if (cached / "config.json").exists() and any(cached.glob("*.safetensors")):
+                return cached
+        model_info(repo, revision=revision, timeout=10)  # one try: a download alone waits for minutes on a dead hub
+        return Path(snapshot_download(**arguments))
+    except Exception as error:  # the hub has a dozen kinds: offline, no such repository, gated, not an id, timeout
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
+        raise MissingWeights(
+            f"the weights '{repo}' are no local folder and cannot be had from the hub ({reason}): give a folder in "
+            "transformers layout, or latent.weights=asset:dinov2-small-saliency, which needs no hub."
+        ) from error
+
+
+def load_pretrained(folder: Path, classes: Mapping[str, type[nn.Module]]) -> nn.Module:
+    """The model in `folder`, float32, of the class that its config.json's model_type names.
+
+    Raises:
+        MissingWeights: the folder lacks a file, is of another model type, or its tensors do not fit.
+    """
+    kind = _model_type(folder)
+    if kind not in classes:
+        raise MissingWeights(f"{folder} holds a '{kind}' model, not one of {', '.join(classes)}.")
+    try:
+        with _quiet():
+            model, report = classes[kind].from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # no file, truncated file, wrong shapes: transformers and safetensors have many kinds
+        raise MissingWeights(f"the weights in {folder} cannot be read ({_first_line(error)}).") from error
+    missing = sorted(set(report["missing_keys"]) - set(UNUSED))
+    unexpected = sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        raise MissingWeights(
+            f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(unexpected)} are not part of the model {unexpected[:3]}."
+        )
+    return model
+
+
+def read_tensors(file: Path) -> dict:
+    """What a .safetensors file or a `torch.save` file of plain tensors holds, on the CPU; never unpickles code.
+
+    Raises:
+        MissingWeights: no such file, truncated, or not plain tensors.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors have many kinds
+        raise MissingWeights(f"{file} cannot be read as tensors ({_first_line(error)}).") from error
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingWeights(f"{folder} has no config.json in transformers layout.") from error
+
+
+def classic_name(key: str) -> str:
+    """A tensor's name as files on disk have it, whichever transformers version it comes from."""
+    for modern, classic in CLASSIC.items():
+        key = key.replace(modern, classic)
+    return key
+
+
+def installed_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state` under the names that `model` has in the installed transformers; unknown names are kept."""
+    installed = {classic_name(key): key for key in model.state_dict()}
+    return {installed.get(classic_name(key), key): value for key, value in state.items()}
+
+
+def sha256_of(state: Mapping[str, Tensor], skip: Collection[str] = ()) -> str:
+    """Digest of names, dtypes, shapes and numbers; the same for every file layout and transformers version."""
+    named = {classic_name(key): value for key, value in state.items()}
+    digest = hashlib.sha256()
+    for key in sorted(set(named) - set(skip)):
+        value = named[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar for a load of milliseconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
