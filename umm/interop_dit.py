@@ -9,16 +9,17 @@ D trunk width, C latent channels, p patch side, N tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from umm.errors import ConfigError, UmmError, nearest
+from umm.errors import ConfigError, MissingWeights, nearest
 from umm.heads.dit import DiT
 from umm.latents.base import LatentSpec
+from umm.pretrained import read_tensors
+from umm.rng import seeded_init
 from umm.settings import DiTSettings
 
 SIZES = {"input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes"}
@@ -54,15 +55,16 @@ def load_official_dit(weights: str | Path | Mapping[str, Tensor], config: Mappin
 
     Raises:
         ConfigError: settings that do not exist or are not supported.
-        UmmError: keys, shapes or frozen tables that do not fit, the first ten of them named.
+        MissingWeights: no such file, or keys, shapes or frozen tables that do not fit, the first ten of them named.
     """
     settings, spec = read_config(config)
-    dit = DiT(settings, spec, int(config.get("num_classes", 1000)))
+    with seeded_init("DiT to be loaded"):
+        dit = DiT(settings, spec, int(config.get("num_classes", 1000)))
     state = read_weights(weights)
     views = official_views(dit)
     if lines := misfits(views, state):
         more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise UmmError("\n  ".join(["these weights do not fit this configuration:", *lines[:10], *more]))
+        raise MissingWeights("\n  ".join(["these weights do not fit this configuration:", *lines[:10], *more]))
     if "pos_embed" in views and (gap := difference(views["pos_embed"], state["pos_embed"])) > TABLE_TOLERANCE:
         # the public GPU script thaws the table: its values are part of such a network
         warnings.warn(f"pos_embed was trained, it differs by {gap:.2g} from the fixed table: kept.", stacklevel=2)
@@ -155,16 +157,12 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def read_weights(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A flat state dict from a file or dict; the averaged weights of a training checkpoint."""
-    if not isinstance(weights, Mapping):
-        path = Path(weights)
-        if not path.is_file():
-            raise UmmError(f"there is no weights file {path}.")
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    weights = weights if isinstance(weights, Mapping) else read_tensors(Path(weights).expanduser())
     state = weights.get("ema", weights)
     if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise UmmError(
-            f"this is not a network's state dict, '{strange[0]}' is not a tensor: give the file of averaged weights or "
-            "a checkpoint that has them under 'ema'."
+        raise MissingWeights(
+            f"this is not a network's state dict, '{strange[0]}' is not a tensor: give the averaged weights, or a "
+            "checkpoint that has them under 'ema'."
         )
     return state
 
@@ -172,7 +170,6 @@ def read_weights(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Ten
 def read_config(config: Mapping[str, object]) -> tuple[DiTSettings, LatentSpec]:
     """Published settings as ours; absent ones have the official defaults."""
     config = dict(config)
-    config |= config.pop("cond_arch", {})  # RAEv2's files keep the token numbers there
     raev2 = not RAEV2_ONLY.isdisjoint(config)
     known = SIZES | RAEV2_ONLY if raev2 else RAE_KEYS
     if unknown := sorted(config.keys() - known):
@@ -230,4 +227,4 @@ def stream_settings(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def as_list(value: object) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return list(value) if isinstance(value, Sequence) else [value]
