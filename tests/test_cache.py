@@ -199,6 +199,7 @@ def test_without_pictures_nothing_but_the_image_is_lost(tmp_path):
 def test_an_empty_split_is_an_empty_cache(tmp_path):
     cache = make(tmp_path, Pictures(0))
     assert len(cache) == 0 and cache.stats.count == 0
+    assert cache.select("latent").batch([])["latent"].shape == (0, 6, 4, 4)
     with pytest.raises(UmmError, match="not one latent"):
         _ = cache.stats.var
 

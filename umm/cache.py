@@ -373,7 +373,7 @@ class LatentCache(DataSource):
         self.image_size, self.mirrored = self.spec.image_size, self.facts["cache.flip"]
         self.split, self.classes = meta["split"], meta["classes"]
         self._count, self._size, self._shards = meta["count"], meta["shard_size"], meta["shards"]
-        stored = self._shards[0]["files"] if self._shards else {}
+        stored = self._shards[0]["files"] if self._shards else FILES.values()  # an empty cache lacks nothing
         self.fields = [name for name, file in FILES.items() if file in stored] + ["id", *meta["texts"]]
         self._maps: dict[tuple[int, str], Tensor] = {}
 
