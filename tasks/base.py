@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import Accelerator
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from umm.data.base import DataSource
+from umm.judging import Records
 from umm.latents.base import LatentSpace
+from umm.model import UnifiedModel
 from umm.rng import PictureRNG
 from umm.settings import OptimSettings
 
@@ -32,22 +35,6 @@ class Phase:
 
     def __post_init__(self):
         self.forward = self.module
-
-
-@dataclass
-class Records:
-    """What an evaluation found: numbers, and the values per picture they are means of."""
-
-    numbers: list[dict] = field(default_factory=list)  # {"metric", "value", "low", "high", "n", "higher_is_better", ...}
-    items: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> {picture id: value}
-    fingerprints: dict[str, dict] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # sentences a reader of the numbers must see
-
-    def add(self, other: Records) -> None:
-        self.numbers += other.numbers
-        self.items |= other.items
-        self.fingerprints = other.fingerprints | self.fingerprints
-        self.notes += [note for note in other.notes if note not in self.notes]
 
 
 class Task:
@@ -98,3 +85,8 @@ class Task:
     def facts(self) -> dict:
         """Provenance for the saved model, e.g. {"trained_with": families of networks that took part}."""
         return {}
+
+    @staticmethod
+    def evaluate(model: UnifiedModel, config: DictConfig, accelerator: Accelerator) -> Records:
+        """Judge a model's heads of this task on `eval.split`; the result is whole on every process."""
+        raise NotImplementedError

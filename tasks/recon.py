@@ -6,22 +6,29 @@ Discriminator phase:  hinge loss on pictures against reconstructions of noise-fr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from umm import losses
-from umm.build import settings_of
+from umm.build import open_source, settings_of
 from umm.data.base import DataSource, collate
 from umm.discriminator import Discriminator, diff_augment, quantize
+from umm.errors import DataError
 from umm.heads.decoder import Decoder
+from umm.judging import Judges, Records, share_of
 from umm.latents.base import LatentSpace
 from umm.loader import to_device
+from umm.model import UnifiedModel
 from umm.pictures import save_grid
+from umm.progress import Progress
 from umm.rng import PictureRNG, seeded_init
+from umm.settings import EvalSettings
 from umm.tasks.base import Phase, Task
 
 
@@ -157,9 +164,70 @@ class Recon(Task):
 
     def facts(self) -> dict:
         """{family: role} of the networks that took part: judges of those families have a conflict of interest."""
-        trained_with = dict.fromkeys(self.space.families, "encoder")
-        if self.perceptual is not None:
-            trained_with |= {family: "perceptual loss" for family in self.perceptual.families if family not in trained_with}
-        if self.discriminator is not None:
-            trained_with |= {family: "discriminator" for family in self.discriminator.families if family not in trained_with}
+        roles = {"discriminator": self.discriminator, "perceptual loss": self.perceptual, "encoder": self.space}
+        trained_with = {}
+        for role, part in roles.items():  # a family with several roles keeps the last
+            if part is not None:
+                trained_with |= dict.fromkeys(part.families, role)
         return {"trained_with": trained_with}
+
+    @staticmethod
+    @torch.no_grad()
+    def evaluate(model: UnifiedModel, config: DictConfig, accelerator: Accelerator) -> Records:
+        """Judge the reconstructions of `eval.split`.
+
+        Raises:
+            MissingHead: the model cannot decode.
+        """
+        settings = settings_of(config.eval)
+        source = open_source(config, settings.split)
+        if source.streaming:
+            raise DataError("an evaluation needs to count its pictures: set data.streaming=false, or use a local copy.")
+        total = min(len(source), settings.images or len(source))
+        if total == 0:
+            raise DataError(f"the {settings.split} split has no pictures: choose another with eval.split.")
+        judges = Judges(settings, accelerator.device)
+        drawers = {"reconstruction": (model.reconstruct, judges)}
+        if settings.baselines:
+            drawers |= baselines(model, config, accelerator.device)
+        with Progress(total, enabled=accelerator.is_main_process, what="judging") as progress:
+            for indices in share_of(total, accelerator, settings.batch_size):
+                batch = collate([pick(source[i], "image", "id") for i in indices])
+                images = to_device(batch["image"], accelerator.device)
+                for draw, judge in drawers.values():
+                    judge.update(images, draw(images), batch["id"])
+                progress.advance(len(indices) * accelerator.num_processes)
+        records = Records()
+        for name, (_, judge) in drawers.items():
+            if accelerator.num_processes > 1:
+                judge.gather(accelerator)
+            found = judge.records(model.facts.get("trained_with", {}), config.seed)
+            if judge is not judges:
+                found.numbers = [row | {"metric": f"{row['metric']} of {name}"} for row in found.numbers]
+                found.items = {f"{metric} of {name}": values for metric, values in found.items.items()}
+            records.add(found)
+        return records
+
+
+def baselines(model: UnifiedModel, config: DictConfig, device: torch.device) -> dict[str, tuple]:
+    """What a decoder must beat: the mean picture of the training data, and itself before training."""
+    psnr = EvalSettings(metrics=["psnr"], features=[], bootstrap=config.eval.bootstrap)
+    mean = mean_picture(open_source(config, "train")).to(device)
+    found = {"the mean picture": (lambda images: mean.expand_as(images), Judges(psnr, device))}
+    if "decoder" in model.heads and "recon" in config:
+        with seeded_init(config.seed, "recon", "decoder"):  # as training began
+            untrained = type(model.heads["decoder"]).from_config(settings_of(config.recon).decoder, model.spec)
+        other = UnifiedModel(model.space, {"decoder": untrained.to(device)})
+        found["an untrained decoder"] = (other.reconstruct, Judges(psnr, device))
+    return found
+
+
+def mean_picture(source: DataSource, count: int = 512) -> Tensor:
+    """Mean of the first pictures of a source, (3, H, W) in [0, 1]."""
+    items = itertools.islice(source.stream(), count)
+    total = [item["image"].double() / 255 for item in items]
+    return torch.stack(total).mean(0).float()
+
+
+def pick(item: dict, *keys: str) -> dict:
+    return {key: item[key] for key in keys}

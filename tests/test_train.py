@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fakes.launching import environment, launch
 from umm.config import load
 from umm.errors import ConfigError, NonFinite, UmmError
 from umm.loader import Feed, positions
@@ -22,7 +23,6 @@ from umm.runs import Run
 from umm.settings import OptimSettings
 from umm.train import EMA, Trainer, learning_rate, train
 
-TESTS = Path(__file__).parent
 GAN = [
     "recon.adversarial.weight=0.75",
     "recon.adversarial.backbone=fakes",
@@ -137,11 +137,6 @@ def command(overrides) -> list[str]:
     return [sys.executable, "-m", "umm", "train", "--task", "recon", *overrides]
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "latest").exists():
@@ -183,11 +178,7 @@ def test_sigterm_saves_and_says_how_to_go_on(fake_overrides, tmp_path):
 def test_two_processes_train_like_one(fake_overrides, tmp_path):
     settings = [*fake_overrides, "recon.l2=0.5"]
     one = run_of(settings, run=tmp_path / "one")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "umm", "train", "--task", "recon"]
-    done = subprocess.run(
-        [*launch, *settings, f"run={tmp_path / 'two'}"], env=environment(), capture_output=True, text=True
-    )
+    done = launch(2, "train", "--task", "recon", *settings, f"run={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = final_tensors(one), final_tensors(Run(tmp_path / "two"))
     for key in (k for k in a if k.startswith("model/")):
@@ -220,7 +211,7 @@ def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(fake_overrides, mon
 
     monkeypatch.setattr(module, "save_file", full)
     config = load("recon", None, fake_overrides)
-    with pytest.raises(UmmError, match="No space left on device.*Earlier checkpoints are untouched"):
+    with pytest.raises(UmmError, match=r"No space left on device.*Earlier checkpoints are untouched"):
         train(config)
     run = Run(config.run)
     assert run.latest().name == "00000004"

@@ -1,4 +1,4 @@
-"""Errors a user can cause and mend. The command line prints the sentence and exits with 2; `--debug` shows the trace."""
+"""Errors a user can cause and mend: the command line prints the sentence and exits with 2."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+SILENCE = 20.0  # seconds between lines where nobody looks
+
 
 class Progress:
     """Counts pictures, with pictures/s and time to go; `show` prints a logged record.
@@ -25,6 +27,7 @@ class Progress:
         self.console = Console(stderr=True)
         self.live = enabled and self.console.is_terminal
         self.first, self.started = done, time.perf_counter()
+        self.said = self.started
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -50,13 +53,18 @@ class Progress:
         self.done += pictures
         if self.live:
             self.bar.update(self.task, completed=self.done, rate=f"{self.rate:.1f} img/s")
+        elif self.enabled and self.what != "training" and (self.done == self.total or self.quiet_for() > SILENCE):
+            self.said = time.perf_counter()
+            print(f"{self.what}: {self.done} of {self.total or '?'} pictures, {self.rate:.1f} img/s", file=sys.stderr)
+
+    def quiet_for(self) -> float:
+        """Seconds since the last line."""
+        return time.perf_counter() - self.said
 
     def update(self, done: int, total: int | None = None) -> None:
         """Set the count, for callers that keep their own."""
         self.total = total or self.total
         self.advance(done - self.done)
-        if not self.live and self.enabled and self.total and done == self.total:
-            print(f"{self.what}: {done} pictures, {self.rate:.1f} img/s", file=sys.stderr, flush=True)
 
     def show(self, record: dict) -> None:
         """One line of a record's terms."""
