@@ -191,7 +191,8 @@ def _coverage(thing: Thing, size: int) -> Image.Image:
     side = size * SUPERSAMPLE
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
     turn = np.array([[cos, sin], [-sin, cos]])
-    points = (outlines()[thing.shape] @ turn * thing.radius + (thing.x, thing.y)) * side - 0.5
+    radius = thing.radius * side - 0.5  # Pillow fills the pixels on the outline too, half a pixel too far
+    points = outlines()[thing.shape] @ turn * radius + (thing.x * side - 0.5, thing.y * side - 0.5)
     canvas = Image.new("L", (side, side))
     ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=255)
     return canvas.reduce(SUPERSAMPLE)

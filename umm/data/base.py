@@ -99,7 +99,9 @@ class BadPictures:
 
     reasons: dict[str, str] = field(default_factory=dict)  # picture -> why
 
-    def first_good(self, candidates: Iterable[tuple[str, T]], read: Callable[[T], Image.Image]) -> tuple[T, Image.Image]:
+    def first_good(
+        self, candidates: Iterable[tuple[str, T]], read: Callable[[T], Image.Image]
+    ) -> tuple[T, Image.Image]:
         """The first of the (name, candidate) that `read` can read, and its picture.
 
         Raises:
