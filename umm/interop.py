@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from umm.errors import MissingWeights, UmmError
-from umm.heads.decoder import Decoder, position_table
+from umm.heads.decoder import Decoder
 from umm.latents._stats import load_stats
 from umm.latents.base import LatentSpec
 from umm.latents.dinov2 import CLASSES, FINAL_NORM, DINOv2, pixel_stats
@@ -208,21 +208,24 @@ def _read_decoder(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Ten
 def save_diffusers(model: UnifiedModel, folder: str | Path) -> Path:
     """Write a folder that `diffusers.AutoencoderRAE.from_pretrained` reads, with the same latents and pictures.
 
+    Where the decoder's positions are not the table that diffusers computes, its pictures differ and a warning says so.
+    That is so for trained positions, and for every grid but 16 x 16, which diffusers stretches to 16 (its base_size).
+    The file holds the positions all the same, for `load_diffusers`.
+
     Raises:
         UmmError: diffusers hard-wires something that this model has otherwise.
     """
     space, decoder, folder = model.space, model.head("decoder"), Path(folder)
     _refuse("diffusers' AutoencoderRAE", _obstacles(model) or _diffusers_obstacles(model))
-    table = position_table(decoder.positions.shape[-1], *decoder.grid).to(decoder.positions)
-    if not torch.allclose(decoder.positions, table, atol=1e-5):
+    if not torch.allclose(decoder.positions, _diffusers_positions(decoder), atol=1e-5):
         warnings.warn(
-            "this decoder's positions were trained; diffusers always uses the sine-cosine table: pictures will differ",
+            "diffusers computes another position table than this decoder has: its pictures will differ, while latents "
+            "and umm.interop.load_diffusers stay exact",
             stacklevel=2,
         )
     mean, std = _diffusers_stats(space)
     tensors = {f"encoder.{k}": v for k, v in space.encoder.state_dict().items() if k not in FINAL_NORM}
-    published = decoder_state(decoder, DIFFUSERS_BLOCK)
-    tensors |= {f"decoder.{k}": v for k, v in published.items() if k != SINGLE["positions"]}
+    tensors |= {f"decoder.{k}": v for k, v in decoder_state(decoder, DIFFUSERS_BLOCK).items()}
     tensors |= {"encoder_mean": space.pixel_mean, "encoder_std": space.pixel_std}
     tensors |= {"_latents_mean": mean, "_latents_std": std}
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,9 +251,21 @@ def load_diffusers(folder: str | Path) -> OfficialRAE:
     parts = {name: _below(tensors, f"{name}.") for name in ("encoder", "decoder")}
     space = _diffusers_space(config, parts["encoder"], tensors)
     decoder = build_decoder(space.spec, config)
-    positions = {SINGLE["positions"]: decoder.positions}  # diffusers computes the table; a stored one is not read
-    load_decoder_state(decoder, parts["decoder"] | positions, DIFFUSERS_BLOCK)
+    positions = {SINGLE["positions"]: _diffusers_positions(decoder)}  # unless the file says otherwise: one of ours
+    load_decoder_state(decoder, positions | parts["decoder"], DIFFUSERS_BLOCK)
     return OfficialRAE(space, {"decoder": decoder})
+
+
+def _diffusers_positions(decoder: Decoder) -> Tensor:
+    """The table that the installed diffusers computes for a decoder of this width and grid, (1, 1 + N, D)."""
+    try:
+        from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+    except ImportError as error:
+        raise UmmError("AutoencoderRAE folders need a diffusers that has it: pip install 'diffusers>=0.39'.") from error
+    _, tokens, width = decoder.positions.shape
+    smallest = {"decoder_num_hidden_layers": 0, "decoder_intermediate_size": 1, "hidden_size": 1, "patch_size": 1}
+    with seeded_init("positions only"):
+        return RAEDecoder(decoder_hidden_size=width, num_patches=tokens - 1, **smallest).decoder_pos_embed
 
 
 def _diffusers_space(config: Mapping, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> DINOv2:

@@ -86,12 +86,13 @@ class DINOv2(LatentSpace):
     @classmethod
     def tiny(cls, registers: int = 4, image_size: int = 64, **changes) -> DINOv2:
         """Two blocks, 32 channels, random weights; `registers=0` is the model type without them."""
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"patch_size": 14, "image_size": 56}
         with seeded_init("tiny dinov2"):
             if registers:
-                encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=registers, **sizes))
+                encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=registers, **shape))
             else:
-                encoder = Dinov2Model(Dinov2Config(**sizes))
+                encoder = Dinov2Model(Dinov2Config(**shape))
         return cls(encoder, image_size, **changes)
 
     def train(self, mode: bool = True) -> DINOv2:
