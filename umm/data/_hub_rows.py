@@ -34,6 +34,10 @@ READERS = {  # suffix -> reader of `datasets`
     ".jsonl": "json",
     ".csv": "csv",
 }
+SHARDS = {".parquet", ".arrow", ".tar"}
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("val", "valid", "validation", "dev"), "validation"
+)
 
 
 # -------------------------------------------------------------------------------------------------------- opening
@@ -51,11 +55,11 @@ def open_rows(config: HubSettings, split: str):
         raise DataError("data.path is not set: give a hub id, a folder or a glob of shards, data.path=...")
     name = getattr(config, f"split_{split}")
     try:
-        if (Path(config.path).expanduser() / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(config.path)[name]
+        folder = Path(config.path).expanduser()
+        if (folder / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(folder)[name]
         else:
-            where = _where(config)
-            rows = datasets.load_dataset(**where, name=config.config, split=name, streaming=config.streaming)
+            rows = datasets.load_dataset(**_where(config), name=config.config, split=name, streaming=config.streaming)
     except DataError:
         raise
     except Exception as error:  # datasets, huggingface_hub and the network raise dozens of types
@@ -69,7 +73,7 @@ def open_rows(config: HubSettings, split: str):
 def _where(config: HubSettings) -> dict[str, object]:
     path = os.path.expanduser(config.path)
     if os.path.isdir(path):
-        return {"path": path}
+        return _shards(Path(path)) or {"path": path}
     if not (glob.has_magic(path) or os.path.isfile(path)):
         return {"path": config.path, "revision": config.revision}
     files = sorted(glob.glob(path, recursive=True))
@@ -78,7 +82,30 @@ def _where(config: HubSettings) -> dict[str, object]:
     suffix = Path(files[0]).suffix.lower()
     if suffix not in READERS:
         raise DataError(f"data.path={config.path}: shards must be {', '.join(READERS)}, {Path(files[0]).name} is not.")
-    return {"path": READERS[suffix], "data_files": files}
+    return {"path": READERS[suffix], "data_files": _by_split({file: Path(file).name for file in files})}
+
+
+def _shards(folder: Path) -> dict[str, object]:
+    """A plain folder of shards; empty for any other folder, whose layout `datasets` knows."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SHARDS)
+    suffixes = {file.suffix.lower() for file in files}
+    if len(suffixes) != 1 or (folder / "README.md").exists():  # a card says itself which files are which split
+        return {}
+    names = {str(file): file.relative_to(folder).as_posix() for file in files}
+    return {"path": READERS[suffixes.pop()], "data_files": _by_split(names)}
+
+
+def _by_split(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """{split: files}, from {file: its name below the given folder}; "train" where the name has no split's word.
+
+    `datasets` would look at the whole path, so that all of /data/test_run/train-0.parquet is "test" to it.
+    """
+    splits: dict[str, list[str]] = {}
+    for file, name in names.items():
+        words = re.split("[^a-z]+", name.lower())
+        split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
+        splits.setdefault(split, []).append(file)
+    return splits
 
 
 def _explained(config: HubSettings, split: str, name: str, error: Exception) -> DataError:
