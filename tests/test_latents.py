@@ -109,12 +109,10 @@ def test_given_statistics_pool_like_measured_ones():
     """A stat.pt holds one number a position whatever mode reads it."""
     stats = RunningStats().update(numbers(50, *SHAPE))
     for mode in MODES:
-        one, two = (
-            Normalizer(SHAPE, mode).fit(stats),
-            Normalizer(SHAPE, mode).set(stats.mean.float(), stats.var.float()),
-        )
-        assert_close(one.var, two.var)
-        assert one.fitted and two.fitted
+        measured = Normalizer(SHAPE, mode).fit(stats)
+        given_ones = Normalizer(SHAPE, mode).set(stats.mean.float(), stats.var.float())
+        assert_close(given_ones.var, measured.var)
+        assert measured.fitted and given_ones.fitted
 
 
 def test_an_unfitted_normaliser_says_so_and_standard_ones_need_no_fitting():
