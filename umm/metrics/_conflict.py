@@ -19,18 +19,18 @@ def lineage(family: str) -> tuple[str, ...]:
     return next((names for names in LINEAGES if family in names), (family,))
 
 
-def conflicts(judges: Mapping[str, Iterable[str]], trained_with: Iterable[str]) -> dict[str, str]:
+def conflicts(judges: Mapping[str, Iterable[str]], trained_with: Mapping[str, str]) -> dict[str, str]:
     """The judges to leave out of the headline, with the reason.
 
     Args:
         judges: {judge: families of its networks}; a judge without weights has none and never conflicts.
-        trained_with: families that took part in training as encoder, perceptual loss, discriminator, ...
+        trained_with: {family: what it did in training}, e.g. {"dinov2": "encoder", "vgg": "perceptual loss"}.
     """
     excluded = {}
     for judge, families in judges.items():
         related = {name for family in families for name in lineage(family)}
-        if guilty := sorted(related.intersection(trained_with)):
-            excluded[judge] = f"{' and '.join(guilty)} took part in training"
+        if roles := [f"{family} was the {role}" for family, role in trained_with.items() if family in related]:
+            excluded[judge] = f"{judge}: in training, {' and '.join(roles)}"
     return excluded
 
 

@@ -5,22 +5,21 @@ B batch, H W image, d feature width, P packets.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umm import assets
 from umm.errors import MissingWeights, UmmError, UnknownName, nearest
 from umm.losses import efficientnet_lite0
 from umm.metrics._inception import IMAGE_SIZE, InceptionFID, tf1_bilinear
 from umm.metrics.base import QUANTISATION, quantised
+from umm.pretrained import load_pretrained, locate, sha256_of
 from umm.transforms import resize
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINOV2_MEAN, DINOV2_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of its input channels
 
 
 class FeatureSpace:
@@ -65,7 +64,7 @@ class NetworkSpace(FeatureSpace):
 
     def __init__(self, network: nn.Module, device: torch.device | str):
         self.network = network.to(device).eval().requires_grad_(False)
-        self.weights = weights_sha256(network)
+        self.weights = sha256_of(network.state_dict())
 
 
 class Inception(NetworkSpace):
@@ -97,7 +96,7 @@ class DINOv2(NetworkSpace):
         self.dim = network.config.hidden_size
 
     def features(self, pixels: Tensor) -> Tensor:
-        mean, std = (pixels.new_tensor(facts).view(1, 3, 1, 1) for facts in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (pixels.new_tensor(facts).view(1, 3, 1, 1) for facts in (DINOV2_MEAN, DINOV2_STD))
         return self.network((resize(pixels, 224) / 255 - mean) / std).last_hidden_state[:, 0]
 
 
@@ -192,30 +191,13 @@ def load_inception(weights: str = "") -> nn.Module:
 
 def load_dinov2(weights: str) -> nn.Module:
     """A transformers DINOv2, with or without registers, from asset:<name>, a folder or a hub id."""
-    from transformers import AutoModel
+    from transformers import Dinov2Model, Dinov2WithRegistersModel
 
-    source = assets.path(weights.removeprefix("asset:")) if weights.startswith("asset:") else weights
+    classes = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
     try:
-        network = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-    except Exception as error:  # offline, not found, gated, truncated: transformers has many kinds
+        return load_pretrained(locate(weights), classes)
+    except MissingWeights as error:
         raise MissingWeights(
-            f"the feature space 'dinov2' cannot read '{weights}' ({str(error).splitlines()[0]}): write "
-            "features=['dinov2:<folder or hub id>'], or use features=[effnet], which needs no hub."
+            f"the feature space 'dinov2' needs '{weights}': name others by features=['dinov2:<folder or hub id>'], "
+            f"or use features=[effnet], which needs no hub. ({error})"
         ) from error
-    if not network.config.model_type.startswith("dinov2"):
-        raise MissingWeights(f"'{weights}' is a {network.config.model_type} model, not DINOv2.")
-    return network
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """Digest of a network's tensors by name, sixteen hex digits, the same on every device and for every file format."""
-    return _digest(module.state_dict())
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

@@ -139,6 +139,10 @@ class FeatureStore:
     def count(self, side: str) -> int:
         return len(self.ids(side))
 
+    def independent(self, side: str, other: str) -> bool:
+        """No picture of one has its id in the other: samples, not reconstructions."""
+        return self.ids(side).isdisjoint(self.ids(other))
+
     def moments(self, side: str, half: int | None = None) -> Moments:
         """Of a whole side, or of one of its two random halves.
 

@@ -113,7 +113,7 @@ class PairedMetric(Metric):
         return {number: {ids[i]: column[i] for i in order if column[i] == column[i]} for number, column in columns}
 
     def compute(self) -> dict[str, float]:
-        """{number: mean over pictures}; the order in which pictures came does not change a bit of it."""
+        """{number: mean over pictures}; summed exactly, so that their order does not matter."""
         if not self.ids:
             raise UmmError(f"{self.name} has seen no picture.")
         return {number: mean(items.values()) for number, items in self.per_item().items()}
@@ -162,6 +162,9 @@ class PictureIds:
                     "Every picture must be counted once."
                 )
             self._seen[picture] = None
+
+    def isdisjoint(self, other: Iterable[str]) -> bool:
+        return self._seen.keys().isdisjoint(other)
 
     def check(self, expected: Iterable[str]) -> None:
         """Raise unless exactly the expected pictures were counted."""

@@ -63,7 +63,8 @@ def frechet(a: Gaussian, b: Gaussian) -> Tensor:
 
 class FrechetDistance(SetMetric):
     """fd         distance of all fake from all real pictures; mean over packets where the space has several
-    fd_bias    how much of it is to be expected from the finite numbers of pictures alone
+    fd_bias    how much of it is to be expected from the finite numbers of pictures alone; for samples, not for
+               reconstructions, whose errors of estimation are those of their originals
     fd_floor   distance of one random half of the real pictures from the other half
     fd_excess  distance of a half of the fakes from a half of the reals, minus fd_floor: 0 if fakes are like reals
 
@@ -79,10 +80,9 @@ class FrechetDistance(SetMetric):
 
     def compute(self, store: FeatureStore) -> dict[str, float]:
         real, fake = (Gaussian.of(store.moments(side)) for side in ("real", "fake"))
-        numbers = {
-            "fd": float(frechet(real, fake).mean()),
-            "fd_bias": real.bias / real.count + fake.bias / fake.count,
-        }
+        numbers = {"fd": float(frechet(real, fake).mean())}
+        if store.independent("real", "fake"):
+            numbers["fd_bias"] = real.bias / real.count + fake.bias / fake.count
         if min(store.moments(side, half).count for side in self.sides for half in (0, 1)) >= 2:
             real_a, real_b, fake_a, fake_b = (
                 Gaussian.of(store.moments(side, half)) for side in self.sides for half in (0, 1)
@@ -99,7 +99,7 @@ class FrechetDistance(SetMetric):
         return {"estimator": "plug-in ddof=1"}
 
     def notes(self, numbers: Mapping[str, float]) -> list[str]:
-        if numbers["fd_bias"] < 0.5 * numbers["fd"]:
+        if numbers.get("fd_bias", 0) < 0.5 * numbers["fd"]:
             return []
         return [
             f"about {numbers['fd_bias']:.3g} of the Frechet distance {numbers['fd']:.3g} is what so few pictures give "

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from umm.losses import lpips_network
-from umm.metrics._features import weights_sha256
 from umm.metrics.base import PairedMetric
+from umm.pretrained import sha256_of
 from umm.settings import EvalSettings
 
 
@@ -29,7 +29,7 @@ class LPIPS(PairedMetric):
         super().__init__()
         self.net, self.families, self.numbers = net, (net,), (f"lpips_{net}",)
         self.network = lpips_network(net).to(device)
-        self.weights = weights_sha256(self.network)
+        self.weights = sha256_of(self.network.state_dict())
 
     @classmethod
     def from_settings(cls, settings: EvalSettings, device: torch.device | str = "cpu") -> LPIPS:

@@ -21,17 +21,18 @@ def ssim_map(real: Tensor, fake: Tensor) -> Tensor:
     height, width = real.shape[-2:]
     if min(height, width) < WINDOW:
         raise UmmError(f"ssim needs pictures of at least {WINDOW} pixels a side, got {height} x {width}.")
-    x, y = real.to(torch.float64) / 255, fake.to(torch.float64) / 255
+    x, y = (z.permute(2, 0, 1, 3).to(torch.float64).contiguous() / 255 for z in (real, fake))  # (H, B, C, W)
     rows, columns = _smoothing(height, x.device), _smoothing(width, x.device)
 
-    def local_mean(image: Tensor) -> Tensor:
-        return rows @ image @ columns.T  # (B, C, H, W)
+    def local_mean(z: Tensor) -> Tensor:
+        return (rows @ z.flatten(1)).view_as(z) @ columns.T
 
     mu_x, mu_y = local_mean(x), local_mean(y)
-    var_x, var_y = local_mean(x * x) - mu_x * mu_x, local_mean(y * y) - mu_y * mu_y
-    covariance = local_mean(x * y) - mu_x * mu_y
-    luminance = (2 * mu_x * mu_y + C1) / (mu_x * mu_x + mu_y * mu_y + C1)
-    return luminance * (2 * covariance + C2) / (var_x + var_y + C2)
+    product, squares = mu_x * mu_y, mu_x.square() + mu_y.square()
+    covariance = local_mean(x * y) - product
+    variances = local_mean(x.square() + y.square()) - squares  # of x plus of y
+    similarity = (2 * product + C1) * (2 * covariance + C2) / ((squares + C1) * (variances + C2))
+    return similarity.permute(1, 2, 0, 3)  # (B, C, H, W)
 
 
 def _smoothing(size: int, device: torch.device) -> Tensor:
