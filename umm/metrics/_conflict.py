@@ -29,8 +29,10 @@ def conflicts(judges: Mapping[str, Iterable[str]], trained_with: Mapping[str, st
     excluded = {}
     for judge, families in judges.items():
         related = {name for family in families for name in lineage(family)}
-        if roles := [f"{family} was the {role}" for family, role in trained_with.items() if family in related]:
-            excluded[judge] = f"{judge}: in training, {' and '.join(roles)}"
+        if roles := [
+            f"{family} took part in training ({role})" for family, role in trained_with.items() if family in related
+        ]:
+            excluded[judge] = f"{judge}: {', '.join(roles)}"
     return excluded
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from umm.errors import MissingWeights, UmmError, UnknownName, nearest
 from umm.losses import efficientnet_lite0
 from umm.metrics._inception import IMAGE_SIZE, InceptionFID, tf1_bilinear
-from umm.metrics.base import QUANTISATION, quantised
+from umm.metrics.base import QUANTISATION, full_precision, quantised
 from umm.pretrained import load_pretrained, locate, sha256_of
 from umm.transforms import resize
 
@@ -45,8 +45,8 @@ class FeatureSpace:
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), uint8 or float in [0, 1] -> features (B, d), float32, whatever autocast is on."""
-        with torch.autocast(images.device.type, enabled=False):
+        """Pictures (B, 3, H, W), uint8 or float in [0, 1] -> features (B, d), float32."""
+        with full_precision(images.device):
             return self.features(quantised(images).float()).float()
 
     def fingerprint(self) -> dict[str, object]:
@@ -60,7 +60,7 @@ class FeatureSpace:
 
 
 class NetworkSpace(FeatureSpace):
-    """A network in eval mode between `prepare` (pixels -> input) and `pool` (its output -> (B, d))."""
+    """A frozen network; the digest of its weights is part of the fingerprint."""
 
     def __init__(self, network: nn.Module, device: torch.device | str):
         self.network = network.to(device).eval().requires_grad_(False)

@@ -9,9 +9,10 @@ B batch, K numbers a metric gives, H W image.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -192,6 +193,19 @@ def quantised(images: Tensor) -> Tensor:
     if not images.isfinite().all():
         raise NonFinite("a picture to be judged holds infinite values or values that are not numbers.")
     return to_uint8(images)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 means float32 inside, whatever the training around it allows: no autocast, no TF32."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
 
 
 def mean(values: Iterable[float]) -> float:

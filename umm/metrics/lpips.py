@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from umm.losses import lpips_network
-from umm.metrics.base import PairedMetric
+from umm.metrics.base import PairedMetric, full_precision
 from umm.pretrained import sha256_of
 from umm.settings import EvalSettings
 
@@ -36,7 +36,7 @@ class LPIPS(PairedMetric):
         return cls(settings.lpips, device)
 
     def measure(self, real: Tensor, fake: Tensor) -> Tensor:
-        with torch.autocast(real.device.type, enabled=False):
+        with full_precision(real.device):
             return self.network(real.float() / 127.5 - 1, fake.float() / 127.5 - 1).reshape(len(real), 1)
 
     def protocol(self) -> dict[str, object]:
