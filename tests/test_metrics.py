@@ -624,3 +624,16 @@ def test_autocast_around_a_metric_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert numbers() == plain
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_tf32_is_off_while_features_are_extracted_and_on_again_after():
+    convolutions, seen = torch.backends.cudnn.conv, []
+
+    class Spy(Pixels):
+        def features(self, pixels):
+            seen.append((convolutions.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+            return super().features(pixels)
+
+    before = convolutions.fp32_precision
+    Spy().extract(photos(1)[0])
+    assert seen == [("ieee", "ieee")] and convolutions.fp32_precision == before

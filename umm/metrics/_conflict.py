@@ -29,9 +29,8 @@ def conflicts(judges: Mapping[str, Iterable[str]], trained_with: Mapping[str, st
     excluded = {}
     for judge, families in judges.items():
         related = {name for family in families for name in lineage(family)}
-        if roles := [
-            f"{family} took part in training ({role})" for family, role in trained_with.items() if family in related
-        ]:
+        roles = [f"{name} took part in training ({role})" for name, role in trained_with.items() if name in related]
+        if roles:
             excluded[judge] = f"{judge}: {', '.join(roles)}"
     return excluded
 
