@@ -56,6 +56,11 @@ class UnifiedModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images -> standardised latents."""
         check_images(images, self.spec)
+        if not self.space.normalizer.fitted:
+            raise UmmError(
+                "this latent space has no statistics, so its latents cannot be standardised: fit its normalizer on "
+                "training data, or give latent.stats."
+            )
         return self.space.encode(images.to(self.device))
 
     @torch.no_grad()

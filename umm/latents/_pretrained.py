@@ -1,3 +1,0 @@
-"""Moved to `umm.pretrained`."""
-
-from umm.pretrained import load_pretrained, locate, sha256_of  # noqa: F401
