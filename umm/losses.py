@@ -165,7 +165,7 @@ def lpips_network(net: Literal["vgg", "alex"]) -> nn.Module:
         raise MissingWeights(
             f"lpips-{net} needs torchvision's {name} weights, and {file} does not exist: put the file there "
             f"(python -c \"import torchvision; torchvision.models.{name}(weights='IMAGENET1K_V1')\" downloads it, "
-            "TORCH_HOME moves the folder), or choose perceptual.name=judge, which needs no download."
+            "TORCH_HOME moves the folder)."
         )
     try:
         import lpips
