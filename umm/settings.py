@@ -273,6 +273,143 @@ class DiTSettings:
     checkpoint_gradients: bool = False  # recompute blocks in the backward pass instead of keeping activations
 
 
+# ------------------------------------------------------------------------------------------------------- gen task
+
+
+@dataclass
+class RepaSettings:
+    """Trunk tokens after `dit.repa_depth` blocks aligned by cosine with clean ones (REPA, arXiv 2410.06940, eq. 7)."""
+
+    weight: float = 0.0  # 0: off; REPA: 0.5
+    target: Literal["features", "latent"] = "features"  # the encoder's patch features (needs pictures), or raw latents
+
+
+@dataclass
+class GenSettings:
+    """Stage 2: a diffusion transformer on a frozen latent space. Sampling is set in `eval.sampler`."""
+
+    dit: DiTSettings = field(default_factory=DiTSettings)
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    conditional: bool = True  # learn the classes of the data
+    label_dropout: float = 0.1  # share of pictures trained on without their class: what classifier-free guidance needs
+    base_weight: float = 1.0  # of the auxiliary output's loss, where dit.base_depth gives one
+    repa: RepaSettings = field(default_factory=RepaSettings)
+    decoder: str | None = None  # a recon run on the same latent space: draws the samples
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(
+            warmup=0, constant=40 * IMAGENET, decay="linear", decay_images=800 * IMAGENET, clip=1.0
+        )
+    )
+    ema: float = 0.9995  # per step
+
+
+# ------------------------------------------------------------------------------------------------- und task, probes
+
+
+@dataclass
+class LinearSettings:
+    """Classes from the mean token."""
+
+    name: str = "linear"
+
+
+@dataclass
+class AttentiveSettings:
+    """Classes from what one learned query gathers of all tokens."""
+
+    name: str = "attentive"
+    heads: int | None = None  # of the attention; None: each at least 64 channels wide
+
+
+@dataclass
+class VQASettings:
+    """Closed-vocabulary question answering: question words look at the latent's tokens, then one answer is chosen."""
+
+    name: str = "vqa"
+    text: str = "words"  # words: learned here; asset:minilm, a hub id or a folder: a frozen transformers encoder
+    width: int = 256
+    heads: int = 4
+    text_depth: int = 1  # blocks in which the question's words look at each other only
+    depth: int = 3  # blocks in which they also look at the picture
+    answers: int | None = 3129  # most frequent answers of the training set; None: all
+
+
+@dataclass
+class TinyLanguageSettings:
+    """The language model that `llm.model=tiny` makes from the training set's own text: a Llama, words as tokens."""
+
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+    steps: int = 300  # of pretraining on captions and questions
+    batch_size: int = 64  # texts
+    lr: float = 3e-3
+
+
+@dataclass
+class LoRASettings:
+    """Low-rank updates of all linear layers of the language model (arXiv 2106.09685), through peft."""
+
+    rank: int = 32  # 0: none, the language model stays as it is
+    alpha: int = 64
+    dropout: float = 0.0
+    start: int = 0  # images for which the projector trains alone (LLaVA's first stage)
+
+
+@dataclass
+class LLMSettings:
+    """Latents through a projector into a causal language model, as LLaVA-1.5 does (arXiv 2310.03744)."""
+
+    name: str = "llm"
+    model: str = "HuggingFaceTB/SmolLM2-360M"  # hub id or local folder of any causal model; tiny: made here
+    revision: str | None = None
+    merge: int = 1  # latent positions along the side of one prefix token
+    template: str = "{image}Question: {question}\nAnswer with a single word or phrase. Answer: {answer}"
+    max_answer: int = 16  # tokens, end token included
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    tiny: TinyLanguageSettings = field(default_factory=TinyLanguageSettings)
+
+
+@dataclass
+class UndSettings:
+    """Understanding: a reader on latents, or a trunk that learns from the understanding loss alone; or questions."""
+
+    kind: Literal["classify", "vqa", "llm"] = "classify"
+    train: Literal["probe", "trunk"] = "probe"  # trunk: a DiT from scratch, read after one of its blocks
+    reader: Literal["linear", "attentive"] = "linear"
+    attentive: AttentiveSettings = field(default_factory=AttentiveSettings)
+    dit: DiTSettings = field(default_factory=DiTSettings)  # trunk only, as are the next two
+    block: int = -1  # 0-based, negative from the end; later blocks and the output stay untrained
+    time: float = 0.0  # the trunk sees (1 - time) z + time noise, without a class
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-3, final_lr=0.0, warmup=0, clip=1.0))
+    ema: float | None = None  # per step; None: no average
+    vqa: VQASettings = field(default_factory=VQASettings)
+    llm: LLMSettings = field(default_factory=LLMSettings)
+    blind: bool = True  # vqa, llm: also train the same network without pictures, the number to beat
+
+
+@dataclass
+class ProbeSettings:
+    """python -m umm.probe classify; the linear probe and kNN are DINOv2's (arXiv 2304.07193), but for augmentation."""
+
+    split: Literal["val", "test"] = "test"  # judged on; nothing is ever chosen on it
+    holdout: float = 0.1  # share of the training pictures on which learning rate and variant are chosen
+    subsets: list[str] = field(default_factory=lambda: ["all"])  # of the rest: all, 5-shot (pictures a class), 10%
+    dtype: Literal["float16", "float32"] = "float16"  # of the stored features
+    baselines: bool = True  # the same probes on raw pixels and on an encoder with random weights
+    batch_size: int = 128
+    steps: int = 12_500  # of the linear probe
+    rates: list[float] = field(  # SGD, momentum 0.9, cosine to 0, each times batch_size / 256: one classifier each
+        default_factory=lambda: [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
+    )
+    standardise: bool | None = None  # features to mean 0, variance 1 first; None: those that no layer norm ended
+    neighbors: int = 20
+    temperature: float = 0.07
+    token_steps: int = 5_000  # of the probes that read all tokens: attentive, segmentation
+    token_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])  # AdamW, cosine to 0
+    token_decay: float = 0.05  # its weight decay
+
+
 # ------------------------------------------------------------------------------------------------------------ run
 
 
@@ -304,3 +441,14 @@ class EvalSettings:
     bootstrap: int = 1000  # resamples for the confidence intervals
     baselines: bool = True  # also the PSNR of the mean training picture, and of the decoder before training
     lpips: Literal["alex", "vgg"] = "alex"
+
+
+@dataclass
+class GenEvalSettings(EvalSettings):
+    """As many samples are drawn as there are pictures to compare with, their labels balanced."""
+
+    metrics: list[str] = field(default_factory=lambda: ["fd", "kid", "prdc", "mind", "nearest"])
+    features: list[str] = field(default_factory=lambda: ["inception", "dinov2"])
+    train_images: int = 10_000  # training pictures that probe and nearest neighbours are taken from, at most
+    noises: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.4, 0.8])  # on standardised latents, decoded
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)

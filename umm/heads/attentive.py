@@ -1,0 +1,68 @@
+"""The attentive probe: what a single query can gather from all tokens (V-JEPA, arXiv 2404.08471, appendix C).
+
+B batch, h w grid, N = h * w tokens, D width, H heads, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umm.errors import ConfigError
+from umm.heads.base import Head
+from umm.latents.base import LatentSpec
+from umm.layers import tokens_of
+from umm.rng import seeded_init
+from umm.settings import AttentiveSettings
+
+
+class AttentiveReader(Head):
+    """Latents (B, D, h, w) -> logits (B, K): layer norm, cross-attention of one learned query, projection, linear map.
+
+    Without V-JEPA's MLP, so that what is read must be in the tokens.
+
+    Args:
+        heads: of the attention; None: see `default_heads`.
+        width: D; None: the latent's channels.
+        classes: their names.
+    """
+
+    Config = AttentiveSettings
+
+    def __init__(self, spec: LatentSpec, classes: Sequence[str], width: int | None = None, heads: int | None = None):
+        super().__init__()
+        width = width or spec.channels
+        self.spec, self.classes, self.heads = spec, list(classes), heads or default_heads(width)
+        if width % self.heads:
+            raise ConfigError(f"attentive.heads={self.heads} does not divide the width {width} of the tokens.")
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.linear = nn.Linear(width, len(self.classes))
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    @classmethod
+    def from_config(cls, config: AttentiveSettings, spec: LatentSpec, **facts) -> AttentiveReader:
+        return cls(spec, facts["classes"], facts.get("width"), config.heads)
+
+    @classmethod
+    def tiny(cls, spec: LatentSpec) -> AttentiveReader:
+        with seeded_init("tiny attentive"):
+            return cls(spec, ["a", "b", "c"])
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens = self.norm(tokens_of(latents))  # (B, N, D)
+        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        q = self.query.unflatten(0, (1, self.heads, 1, -1)).expand(len(tokens), -1, -1, -1)  # (B, H, 1, d)
+        gathered = F.scaled_dot_product_attention(q, k, v).flatten(1)  # (B, D)
+        return self.linear(self.proj(gathered))
+
+
+def default_heads(width: int) -> int:
+    """The largest divisor of `width` that leaves each head 64 channels or more; 1 for narrow tokens."""
+    return max((h for h in range(1, width // 64 + 1) if width % h == 0), default=1)
