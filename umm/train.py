@@ -77,7 +77,7 @@ class Learner:
         trainable = [p for p in phase.module.parameters() if p.requires_grad]
         optim = phase.optim
         self.optimizer = torch.optim.AdamW(
-            trainable, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay
+            trainable, optim.lr, tuple(optim.betas), optim.eps, optim.weight_decay, fused=True
         )
         phase.forward = self.wrapped = accelerator.prepare_model(phase.module)
 
@@ -113,7 +113,10 @@ class Learner:
 
 
 class Window:
-    """Means of logged terms over some steps; nothing leaves the device before they are asked for."""
+    """Means of logged terms over some steps; nothing leaves the device before they are asked for.
+
+    A term of two numbers is a sum and a count, whose ratio is logged.
+    """
 
     def __init__(self):
         self.steps, self.sums, self.counts = 0, {}, {}
@@ -129,6 +132,14 @@ class Window:
             name: torch.as_tensor(total / self.counts[name], device=device, dtype=torch.float32)
             for name, total in self.sums.items()
         }
+
+
+def finished(means: dict[str, Tensor]) -> dict[str, float]:
+    """Means as numbers; a (sum, count) as its ratio, and left out where the count is 0."""
+    values = {name: mean.tolist() for name, mean in means.items()}
+    pairs = {name: pair for name, pair in values.items() if isinstance(pair, list)}
+    ratios = {name: total / count for name, (total, count) in pairs.items() if count}
+    return {name: ratios.get(name, value) for name, value in values.items() if name in ratios or name not in pairs}
 
 
 class Trainer:
@@ -260,15 +271,16 @@ class Trainer:
         """Numbers on the validation split, into metrics.jsonl."""
         from umm.evaluate import evaluate  # evaluation builds on everything here
 
-        for row in evaluate(self.model(), self.config, self.accelerator).numbers if self.main else []:
-            self.run.log({"step": self.step, **row}, "metrics.jsonl")
+        for row in evaluate(self.model(), self.config, self.accelerator).numbers:
+            if self.main:
+                self.run.log({"step": self.step, **row}, "metrics.jsonl")
 
     # ----------------------------------------------------------------------------------------------------- writing
 
     def guard(self, logs: dict[str, Tensor]) -> None:
         """Remember on the device the first step with a non-finite term; look at it where that costs nothing."""
-        values = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32) for v in logs.values()])
-        bad = ~torch.isfinite(values).all()
+        values = [torch.as_tensor(value, device=self.device, dtype=torch.float32).flatten() for value in logs.values()]
+        bad = ~torch.isfinite(torch.cat(values)).all()
         self.first_bad = torch.minimum(self.first_bad, torch.where(bad, self.step - 1, self.steps))
         if self.device.type == "cpu":
             self.check_finite()
@@ -295,7 +307,7 @@ class Trainer:
         """Means since the last record, and how long the loop waited for its data."""
         self.check_finite()
         means = self.accelerator.reduce(window.means(self.device), "mean")
-        terms = {name: float(value) for name, value in means.items()}
+        terms = finished(means)
         record = {"step": self.step, "images": self.images_at(self.step), **terms}
         speed = window.steps * self.settings.batch_size / seconds
         record |= {"images_per_second": round(speed, 2), "data_wait": round(waited / seconds, 4)}
