@@ -57,6 +57,9 @@ class Task:
     def loss(self, phase: str, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
         """Loss terms of one micro-batch, means over its pictures; "loss" is trained on, the rest is logged.
 
+        A term may be two numbers, a sum and a count, both divided by the pictures: their ratio over all logged steps is
+        the number of the log, and none stands there where the count is 0.
+
         `images` is the number of pictures trained on before this step (schedules are counted in it).
         """
         raise NotImplementedError

@@ -27,7 +27,10 @@ CHOICES = {
     "latent": ("latents", schemas.LatentSettings, "dinov2"),
 }
 # task -> the sections only it has
-TASKS = {"recon": {"recon": schemas.ReconSettings}}
+TASKS = {
+    "recon": {"recon": schemas.ReconSettings},
+    "gen": {"gen": schemas.GenSettings, "eval": schemas.GenEvalSettings},
+}
 COMMON = {"cache": schemas.CacheSettings, "train": schemas.TrainSettings, "eval": schemas.EvalSettings}
 
 

@@ -10,18 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umm import __version__
+from umm import __version__, sampling
 from umm.config import choice_settings
 from umm.errors import MissingHead, UmmError
 from umm.latents.base import LatentSpace, check_images
 from umm.registry import find
 from umm.runs import write_atomic, writing
+from umm.sampling import Labels
+from umm.settings import SamplerSettings
 
-HOW_TO_TRAIN = {"decoder": "recon"}  # head -> the task that trains it
+HOW_TO_TRAIN = {"decoder": "recon", "dit": "gen"}  # head -> the task that trains it
 
 
 class UnifiedModel(nn.Module):
-    """encode, decode, reconstruct: whatever the heads at hand allow.
+    """encode, decode, reconstruct, sample: whatever the heads at hand allow.
 
     images (B, 3, H, W) float in [0, 1]; latents (B, C, h, w), standardised by the space's statistics.
     """
@@ -77,6 +79,40 @@ class UnifiedModel(nn.Module):
         """images -> latents -> images."""
         return self.decode(self.encode(images))
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether latents can become pictures: by a decoder head, or by the space's own."""
+        return "decoder" in self.heads or type(self.space).decode is not LatentSpace.decode
+
+    @torch.no_grad()
+    def sample_latents(
+        self, labels: Labels = "balanced", num: int | None = None, seed: int = 0, sampler: SamplerSettings | None = None
+    ) -> Tensor:
+        """Standardised latents (num, C, h, w) drawn by the `dit` head.
+
+        Args:
+            labels: class numbers or names, repeated in turn up to `num`; "balanced" takes all classes in turn,
+                "random" draws them. Without classes: ignored.
+            num: how many; None: as many as there are labels.
+            seed: picture i depends on (seed, i) and its label alone.
+            sampler: None: the one the model was saved with.
+        """
+        num = num or (1 if isinstance(labels, str) else len(labels))
+        drawer = sampling.Drawer.of(self, sampler)
+        indices = list(range(num))
+        chosen = sampling.choose_labels(self.head("dit"), labels, indices, seed)
+        parts = [slice(start, start + sampling.BATCH) for start in range(0, num, sampling.BATCH)]
+        return torch.cat([drawer.latents(indices[part], chosen and chosen[part], seed) for part in parts])
+
+    def sample(
+        self, labels: Labels = "balanced", num: int | None = None, seed: int = 0, sampler: SamplerSettings | None = None
+    ) -> Tensor:
+        """Pictures (num, 3, H, W) in [0, 1] drawn by the `dit` head; arguments as `sample_latents`."""
+        if not self.can_decode:
+            self.head("decoder")
+        latents = self.sample_latents(labels, num, seed, sampler)
+        return torch.cat([sampling.decode(self, part) for part in latents.split(sampling.BATCH)])
+
     # -------------------------------------------------------------------------------------------------- save, load
 
     def save(self, folder: str | Path, config: DictConfig) -> Path:
@@ -111,13 +147,35 @@ class UnifiedModel(nn.Module):
         space = find("latents", config.latent.name).from_config(OmegaConf.merge(schema, config.latent))
         check_identity(space, json.loads(config.identity), folder)
         space.normalizer.load_state_dict(load_file(folder / "normalizer.safetensors"))
-        heads = {}
-        for name, described in config["heads"].items():
-            head = find("heads", described.settings.name)
-            built = head.from_config(described.settings, space.spec, **described.get("facts", {}))
-            built.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            heads[name] = built.requires_grad_(False)
+        heads = {name: build_head(described, space, folder / f"{name}.safetensors")
+                 for name, described in config["heads"].items()}  # fmt: skip
         return cls(space, heads, OmegaConf.to_container(config.facts)).to(device)
+
+
+def build_head(described: DictConfig, space: LatentSpace, weights: Path) -> nn.Module:
+    """A frozen head from its {"settings", "facts"} and its file."""
+    head = find("heads", described.settings.name)
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(head.Config), described.settings))
+    built = head.from_config(settings, space.spec, **described.get("facts", {}))
+    built.load_state_dict(load_file(weights))
+    return built.requires_grad_(False).eval()
+
+
+def load_head(path: str | Path, name: str, space: LatentSpace) -> tuple[nn.Module, dict, dict]:
+    """One head of a saved model for a space at hand: the head, its {"settings", "facts"}, the model's facts.
+
+    Raises:
+        UmmError: no model there, or one of another latent space.
+        MissingHead: it has no such head.
+    """
+    folder = model_folder(Path(path))
+    config = OmegaConf.load(folder / "config.yaml")
+    if name not in config["heads"]:
+        raise MissingHead(f"{folder} has no {name}: it holds {', '.join(config['heads'])}.")
+    check_identity(space, json.loads(config.identity), folder)
+    described = config["heads"][name]
+    head = build_head(described, space, folder / f"{name}.safetensors").to(space.normalizer.mean.device)
+    return head, OmegaConf.to_container(described), OmegaConf.to_container(config.facts)
 
 
 def model_folder(path: Path) -> Path:

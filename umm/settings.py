@@ -352,7 +352,6 @@ class LoRASettings:
 
     rank: int = 32  # 0: none, the language model stays as it is
     alpha: int = 64
-    dropout: float = 0.0
     start: int = 0  # images for which the projector trains alone (LLaVA's first stage)
 
 

@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -46,16 +47,18 @@ class DiT(Head):
         config: the network; see `DiTSettings` for the published ones.
         spec: shape of the latents.
         num_classes: 0 for unconditional generation.
+        classes: their names, where they have any.
     """
 
     Config = DiTSettings
 
-    def __init__(self, config: DiTSettings, spec: LatentSpec, num_classes: int = 0):
+    def __init__(self, config: DiTSettings, spec: LatentSpec, num_classes: int = 0, classes: Sequence[str] = ()):
         super().__init__()
         config = sized(config)
         check(config, spec)
         self.config, self.spec = config, spec
         self.num_classes = self.null_label = num_classes
+        self.classes = list(classes)
         self.grid = spec.height // config.patch, spec.width // config.patch
         width, out = config.width, spec.channels * config.patch**2
         in_context = config.conditioning == "tokens"
@@ -106,8 +109,10 @@ class DiT(Head):
             nn.init.normal_(weight, std=0.02)
 
     @classmethod
-    def from_config(cls, config: DiTSettings, spec: LatentSpec, num_classes: int = 0) -> DiT:
-        return cls(config, spec, num_classes)
+    def from_config(
+        cls, config: DiTSettings, spec: LatentSpec, num_classes: int = 0, classes: Sequence[str] = ()
+    ) -> DiT:
+        return cls(config, spec, num_classes, classes)
 
     @classmethod
     def tiny(cls, spec: LatentSpec, num_classes: int = 10, **changes) -> DiT:
