@@ -30,6 +30,7 @@ CHOICES = {
 TASKS = {
     "recon": {"recon": schemas.ReconSettings},
     "gen": {"gen": schemas.GenSettings, "eval": schemas.GenEvalSettings},
+    "und": {"und": schemas.UndSettings, "probe": schemas.ProbeSettings},
 }
 COMMON = {"cache": schemas.CacheSettings, "train": schemas.TrainSettings, "eval": schemas.EvalSettings}
 
