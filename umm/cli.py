@@ -9,7 +9,7 @@ import click
 from umm import __version__
 from umm.errors import UmmError
 
-TASKS = ("recon", "gen")
+TASKS = ("recon", "gen", "und")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 task_option = click.option("--task", type=click.Choice(TASKS), required=True, help="What to train.")
@@ -48,7 +48,8 @@ def cli(debug: bool) -> None:
 @cli.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Folder for everything it makes.")
 @click.option("--minutes", default=5.0, show_default=True, help="Training time to aim at.")
-def demo(out: str, minutes: float) -> None:
+@click.option("--scenes", default=4000, show_default=True, help="Scenes to train on.")
+def demo(out: str, minutes: float, scenes: int) -> None:
     """Train and judge everything in miniature, offline, on a CPU.
 
     \b
@@ -56,7 +57,7 @@ def demo(out: str, minutes: float) -> None:
     """
     from umm.demo import run_demo
 
-    run_demo(out, minutes)
+    run_demo(out, minutes, scenes)
 
 
 @cli.command()

@@ -1,0 +1,95 @@
+"""The README is run: a README that is not run is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes.launching import environment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# what makes a documented command small enough for a test; everything else stays as it is written
+SMALL = {
+    "train": "data.train=96 data.val=32 data.test=32 train.images=256 train.batch_size=32 train.log_every=2".split(),
+    "eval": "eval.bootstrap=20 eval.metrics=[psnr,ssim] data.train=32".split(),
+}
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks, without those marked as not run."""
+    pattern = rf"(<!-- not run: [^>]+ -->\n)?```{language}\n(.*?)```"
+    return [code for skipped, code in re.findall(pattern, README, flags=re.DOTALL) if not skipped]
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("umm")]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_does_what_it_says(tmp_path):
+    """In an empty folder with the configs and a few pictures; then the Python blocks, on the run that was made."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    make = "import skimage.data, PIL.Image as I; I.fromarray(skimage.data.astronaut()).save('pictures/a.png')"
+    run(tmp_path, [sys.executable, "-c", make])
+    done = [run(tmp_path, shorten(command)) for command in commands()]
+    assert len(done) >= 6
+    folder = tmp_path / "runs" / "shapes"
+    assert (folder / "model" / "decoder.safetensors").exists() and (folder / "eval" / "test.json").exists()
+    assert (tmp_path / "side_by_side.png").stat().st_size > 1000 and (tmp_path / "mine.yaml").exists()
+    for block in blocks("python"):
+        check = "\nassert latents.shape == (1, 384, 6, 6) and pictures.shape == (1, 3, 48, 48)"
+        run(tmp_path, [sys.executable, "-c", block + check])
+
+
+def shorten(command: list[str]) -> list[str]:
+    """The command with the settings of SMALL, run by this Python."""
+    where = command.index(">") if ">" in command else len(command)
+    small = SMALL.get(command[1], []) if "--dry-run" not in command else []
+    words = [*command[1:where], *small]
+    if where < len(command):
+        return ["sh", "-c", shlex.join([sys.executable, "-m", "umm", *words]) + f" > {command[where + 1]}"]
+    return [sys.executable, "-m", "umm", *words]
+
+
+def run(folder: Path, command: list[str]) -> str:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 250
+
+
+def test_every_file_the_readme_names_exists():
+    named = re.findall(r"`((?:configs|umm|tests|docs|experiments|benchmarks)/[\w./]+\.(?:py|yaml|md|json))`", README)
+    assert named
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_folders_of_the_tree_exist():
+    tree = README[README.index("## The tree") :]
+    for folder in re.findall(r"^(\w+)/ ", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+@pytest.mark.slow
+def test_the_demo_tells_its_story(tmp_path):
+    """The whole of it, with two seconds of training: what the README's first command runs after installing."""
+    output = run(tmp_path, [sys.executable, "-m", "umm", "demo", "--minutes", "0.1", "--scenes", "128"])
+    fell = re.search(r"L1 fell from ([\d.]+) to ([\d.]+)", output)
+    assert fell and float(fell[2]) < float(fell[1])
+    assert "psnr of the mean picture" in output
+    picture = re.search(r"(\S+\.png)", output)
+    assert picture and os.path.getsize(tmp_path / picture[1]) > 1000
