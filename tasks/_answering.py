@@ -1,0 +1,199 @@
+"""Question answering on a frozen latent space: und.kind=vqa or llm.
+
+Two networks learn side by side from the same questions in the same order: one sees the latents, the other, the blind
+baseline, sees zeros in their place (a learnt constant, once projected). Only what the first knows beyond the second
+was read from pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from umm import cache
+from umm.build import cache_folder, open_source, settings_of
+from umm.data.base import DataSource, Question, collate
+from umm.errors import DataError
+from umm.heads._answering import AnsweringHead, require_answers
+from umm.heads.llm import LLMHead
+from umm.heads.vqa import VQAHead
+from umm.judging import Records
+from umm.language import all_words, pretrained_tiny
+from umm.latents.base import LatentSpace
+from umm.loader import to_device
+from umm.metrics._vqa import common_answers
+from umm.model import UnifiedModel
+from umm.rng import PictureRNG, seeded_init
+from umm.runs import write_atomic
+from umm.tasks._answering_judging import ask, records
+from umm.tasks.base import Phase, Task
+
+BLIND = "blind"
+
+
+class Answering(Task):
+    """Trains a `VQAHead` or an `LLMHead`, and its blind twin where `und.blind` is set."""
+
+    name = "und"
+    shown = 8  # pictures whose questions are asked for a sample
+
+    def __init__(self, config: DictConfig, space: LatentSpace, val: DataSource | None):
+        super().__init__(config, space, val)
+        self.settings, self.kind = settings_of(config.und), config.und.kind
+        self.keys = ("image" if config.cache.dir is None else "latent", "questions")
+        texts = list(training_texts(config, space))
+        with seeded_init(self.seed, self.name, self.kind):
+            head = build_head(config, space, texts)
+        self.networks: dict[str, AnsweringHead] = {self.kind: head}
+        if self.settings.blind:
+            self.networks[BLIND] = twin(head)
+        self.phases = [
+            Phase(name, network, self.settings.optim, self.settings.ema) for name, network in self.networks.items()
+        ]
+        self.coverage = coverage(head, [question for item in texts for question in item["questions"]])
+        if PartialState().is_main_process:
+            print(self.coverage)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def loss(self, phase: str, batch: dict, rng: PictureRNG, images: int) -> dict[str, Tensor]:
+        """Mean over pictures of the mean over their questions: a picture counts once, however much is asked of it."""
+        head, latents = self.networks[phase], self.space.normalizer(batch["latent"])
+        if isinstance(head, LLMHead):
+            head.stage(images)
+        if "asked" not in batch:
+            batch["asked"] = self.asked(batch["questions"], latents.device)
+        inputs, targets, pictures, weights = batch["asked"]
+        forward = next(p.forward for p in self.phases if p.name == phase)
+        seen = torch.zeros_like(latents) if phase == BLIND else latents
+        return {"loss": (head.losses(forward(seen, **inputs, pictures=pictures), targets) * weights).sum()}
+
+    def asked(self, questions: list[list[Question]], device: torch.device) -> tuple[dict, Tensor, Tensor, Tensor]:
+        """Inputs and targets of all questions of B pictures, the picture (Q,) and the weight (Q,) of each."""
+        counts = torch.tensor([len(some) for some in questions])
+        every = [question for some in questions for question in some]
+        if not every:
+            raise DataError("no picture of a batch has a question: raise train.batch_size, or drop such pictures.")
+        inputs, targets = self.networks[self.kind].examples(every)
+        pictures = torch.arange(len(questions)).repeat_interleave(counts)
+        weights = 1 / (counts[pictures] * len(questions))
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        return inputs, targets.to(device), pictures.to(device), weights.to(device)
+
+    # ------------------------------------------------------------------------------------------------------- results
+
+    @torch.no_grad()
+    def sample(self, modules: dict[str, nn.Module], file: Path) -> None:
+        """Questions about validation pictures, their answers and the right ones, as a text file."""
+        if self.val is None:
+            return
+        items = [self.val[i] for i in range(min(self.shown, len(self.val)))]
+        device = self.space.normalizer.mean.device
+        images = to_device(collate([{"image": item["image"]} for item in items])["image"], device)
+        latents, lines = self.space.encode(images), []
+        for item, latent in zip(items, latents):
+            texts = [question.text for question in item["questions"]]
+            where = torch.zeros(len(texts), dtype=torch.long)
+            answers = modules[self.kind].answer(latent[None], texts, where) if texts else []
+            lines += [f"{item['id']}: {q.text} {found} ({q.answer})" for q, found in zip(item["questions"], answers)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file.with_suffix(".txt"), "\n".join(lines) + "\n")
+
+    def heads(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        return {name: modules[name] for name in self.networks}
+
+    def head_settings(self) -> dict[str, dict]:
+        settings = OmegaConf.to_container(self.config.und[self.kind])
+        return {name: {"settings": settings, "facts": head.facts()} for name, head in self.networks.items()}
+
+    def facts(self) -> dict:
+        return {"trained_with": dict.fromkeys(self.space.families, "encoder"), "coverage": self.coverage}
+
+    @staticmethod
+    def evaluate(model: UnifiedModel, config: DictConfig, accelerator: Accelerator) -> Records:
+        """Answers to the questions of `eval.split`, overall and by kind, beside the blind baseline's."""
+        return records(ask(model, config, accelerator), model, config)
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+
+def training_texts(config: DictConfig, space: LatentSpace) -> Iterator[dict]:
+    """{"questions", "caption" where there is one} of the training pictures, from the latent cache where there is one.
+
+    Raises:
+        DataError: there are no questions, or one has no answer.
+    """
+    source = open_source(config, "train")
+    if config.cache.dir is None:
+        items = source.stream() if not source.streaming else itertools.islice(source.stream(), config.train.images)
+    else:
+        made = cache.LatentCache.open(cache_folder(config, space, source))
+        made = made.select(*[name for name in made.fields if name in ("id", "caption", "questions")])
+        items = (made[i] for i in range(len(made)))
+    for item in items:
+        if "questions" not in item:
+            raise DataError(
+                f"the data set '{config.data.name}' has no questions: use shapes or easy_vqa, or name the columns of a "
+                "hub data set with data.columns={question: ..., answer: ...}."
+            )
+        require_answers(item["questions"])
+        yield {key: item[key] for key in ("caption", "questions") if item.get(key)  is not None}
+
+
+def build_head(config: DictConfig, space: LatentSpace, texts: list[dict]) -> AnsweringHead:
+    """The head for a training set: its words and answers, or its language model."""
+    questions = [question for item in texts for question in item["questions"]]
+    if config.und.kind == "vqa":
+        settings = settings_of(config.und.vqa)
+        return VQAHead.from_config(settings, space.spec, vocabulary(questions, settings.answers))
+    settings = settings_of(config.und.llm)
+    if settings.model != "tiny":
+        return LLMHead.from_config(settings, space.spec)
+    with PartialState().main_process_first():
+        tokenizer, model = pretrained_tiny(settings.tiny, documents(texts, settings.template), config.seed)
+    return LLMHead.on_tiny(settings, space.spec, tokenizer, model)
+
+
+def vocabulary(questions: list[Question], limit: int | None) -> str:
+    """JSON of the words of the questions, the most frequent answers, and whether several raters gave them.
+
+    Raises:
+        DataError: fewer than two answers are left, so there is nothing to choose.
+    """
+    answers = common_answers(questions, limit)
+    if len(answers) < 2:
+        raise DataError(f"{len(questions)} training questions have {len(answers)} different answers: nothing to learn.")
+    soft = any(len(question.answers) > 1 for question in questions)
+    return json.dumps({"words": all_words(q.text for q in questions), "answers": answers, "soft": soft})
+
+
+def documents(texts: list[dict], template: str) -> list[str]:
+    """What a small language model reads first: captions, and questions with their answers, without pictures."""
+    found = []
+    for item in texts:
+        found += [item["caption"]] if "caption" in item else []
+        for question in item["questions"]:
+            text = template.replace("{image}", "").replace("{question}", question.text)
+            found.append(text.replace("{answer}", question.answer).strip())
+    return found
+
+
+def twin(head: AnsweringHead) -> AnsweringHead:
+    """A copy that shares the frozen weights and has its own of what is trained."""
+    return copy.deepcopy(head, {id(p): p for p in head.parameters() if not p.requires_grad})
+
+
+def coverage(head: AnsweringHead, questions: list[Question]) -> str:
+    """How many of the training questions the head could answer at all."""
+    known = sum(map(head.can_answer, questions))
+    answers = f"the {len(head.answers)} known answers fit" if isinstance(head, VQAHead) else "free answers fit"
+    return f"{answers} {known} of {len(questions)} training questions ({known / len(questions):.2%})"
