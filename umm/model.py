@@ -14,7 +14,9 @@ from umm import __version__, sampling
 from umm.config import choice_settings
 from umm.errors import MissingHead, UmmError
 from umm.latents.base import LatentSpace, check_images
+from umm.layers import grid_of
 from umm.registry import find
+from umm.rng import generator
 from umm.runs import write_atomic, writing
 from umm.sampling import Labels
 from umm.settings import SamplerSettings
@@ -23,7 +25,7 @@ HOW_TO_TRAIN = {"decoder": "recon", "dit": "gen"}  # head -> the task that train
 
 
 class UnifiedModel(nn.Module):
-    """encode, decode, reconstruct, sample: whatever the heads at hand allow.
+    """encode, decode, reconstruct, sample, classify: whatever the heads at hand allow.
 
     images (B, 3, H, W) float in [0, 1]; latents (B, C, h, w), standardised by the space's statistics.
     """
@@ -113,6 +115,20 @@ class UnifiedModel(nn.Module):
         latents = self.sample_latents(labels, num, seed, sampler)
         return torch.cat([sampling.decode(self, part) for part in latents.split(sampling.BATCH)])
 
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """images -> probabilities (B, K) by the `und` head; `model.head("und").classes` names the classes."""
+        return self.class_logits(self.encode(images)).softmax(1)
+
+    def class_logits(self, latents: Tensor) -> Tensor:
+        """Standardised latents -> (B, K), read from them or from the trunk, as the `und` head was trained."""
+        reader, where = self.head("und"), self.facts.get("und", {}).get("trunk")
+        if where is None:
+            return reader(latents)
+        noise = torch.randn(self.spec.shape, generator=generator("und", "noise")).to(latents)  # one for all pictures
+        noisy = (1 - where["time"]) * latents + where["time"] * noise
+        return reader(trunk_grid(self.head("dit"), noisy, where["time"], where["block"]))
+
     # -------------------------------------------------------------------------------------------------- save, load
 
     def save(self, folder: str | Path, config: DictConfig) -> Path:
@@ -150,6 +166,11 @@ class UnifiedModel(nn.Module):
         heads = {name: build_head(described, space, folder / f"{name}.safetensors")
                  for name, described in config["heads"].items()}  # fmt: skip
         return cls(space, heads, OmegaConf.to_container(config.facts)).to(device)
+
+
+def trunk_grid(dit: nn.Module, z: Tensor, time: float, block: int) -> Tensor:
+    """What a reader sees of a trunk: its tokens after `block`, without a class, as a grid (B, D, h, w)."""
+    return grid_of(dit.features(z, time, block), *dit.grid)
 
 
 def build_head(described: DictConfig, space: LatentSpace, weights: Path) -> nn.Module:
