@@ -54,6 +54,11 @@ class Address:
     labelled: bool = False
     random: bool = False
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is one vector a picture, and not tokens."""
+        return self.kind in ("cls", "patch-mean", "cls+patch-mean", "published")
+
 
 def parse(text: str) -> Address:
     """An address from its text.

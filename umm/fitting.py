@@ -93,18 +93,18 @@ def linear(problem: Problem) -> Found:
     name, number = best
     answers = [grids[name].logits(read(x, variants[name]))[:, number].argmax(1) for x in train.test()]
     each = sum(grid.weight.numel() for grid in grids.values())
-    notes = edge(problem, settings.rates, number, "rates") if len(settings.rates) > 1 else []
+    notes = edge(problem, "linear", settings.rates, number)
     chosen = f"{name + ', ' if name else ''}rate {settings.rates[number]:g}"
     flops = 4.0 * each * settings.steps * min(settings.batch_size, len(problem.fit))  # forward, gradient of weights
     return Found(torch.cat(answers).cpu(), chosen, best_accuracy, flops, notes)
 
 
-def edge(problem: Problem, rates: list[float], number: int, setting: str) -> list[str]:
+def edge(problem: Problem, method: str, rates: list[float], number: int) -> list[str]:
     """A remark where the best rate might lie outside the grid."""
-    if number not in (0, len(rates) - 1):
+    if len(rates) == 1 or number not in (0, len(rates) - 1):
         return []
-    side = "smallest" if number == 0 else "largest"
-    return [f"{problem.reader.address.text}: the best rate is the {side} one of probe.{setting}; widen the grid."]
+    side, setting = "smallest" if number == 0 else "largest", "rates" if method == "linear" else "token_rates"
+    return [f"{problem.reader.address.text}/{method}: the {side} of probe.{setting} was best; widen the grid."]
 
 
 class Vectors:
@@ -172,7 +172,7 @@ def attentive(problem: Problem) -> Found:
     everything = torch.arange(len(problem.test))
     answers = torch.cat([answers for _, answers in classify(problem, problem.test, everything, heads[best])])
     rates = problem.settings.token_rates
-    notes = edge(problem, rates, best, "token_rates") if len(rates) > 1 else []
+    notes = edge(problem, "attentive", rates, best)
     return Found(answers, f"rate {rates[best]:g}", accuracy[best], flops, notes)
 
 
@@ -258,7 +258,7 @@ def segmentation(problem: Problem) -> Found:
     best = max(range(len(heads)), key=scores.__getitem__)
     counts = overlaps(problem, problem.test, torch.arange(len(problem.test)), heads[best], classes)
     rates = problem.settings.token_rates
-    notes = edge(problem, rates, best, "token_rates") if len(rates) > 1 else []
+    notes = edge(problem, "segmentation", rates, best)
     return Found(counts, f"rate {rates[best]:g}", scores[best], flops, notes)
 
 
