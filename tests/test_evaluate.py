@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fakes.launching import launch
 
 import umm
-from fakes.launching import launch
 from umm.config import load
 from umm.errors import UmmError
 from umm.evaluate import evaluate_run, reconstruct_files

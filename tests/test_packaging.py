@@ -56,7 +56,8 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 def check_installed(python: Path, folder: Path) -> None:
     """The commands work from a folder whose own tasks.py would break them if it were imported."""
     (folder / "tasks.py").write_text("raise RuntimeError('the wrong tasks')")
-    for arguments in (["-m", "umm", "--help"], ["-m", "umm", "list"], ["-c", "import umm.tasks.recon, umm.latents.dinov2"]):
+    imports = "import umm.tasks.recon, umm.latents.dinov2"
+    for arguments in (["-m", "umm", "--help"], ["-m", "umm", "list"], ["-c", imports]):
         done = run(python, folder, *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
     assert "recon" in run(python, folder, "-m", "umm", "list").stdout

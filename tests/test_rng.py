@@ -19,7 +19,8 @@ def test_a_draw_depends_on_the_picture_and_not_on_its_batch(indices, cut):
 
 def test_streams_are_independent_of_each_other():
     base = PictureRNG([7], 0, "gen")
-    draws = [base.randn(4), base.fork("noise").randn(4), PictureRNG([7], 0, "recon").randn(4), PictureRNG([7], 1, "gen").randn(4)]
+    streams = [base, base.fork("noise"), PictureRNG([7], 0, "recon"), PictureRNG([7], 1, "gen")]
+    draws = [stream.randn(4) for stream in streams]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
@@ -45,7 +46,7 @@ def test_seeded_init_leaves_the_callers_generator_alone():
 def test_uniform_and_integer_draws_keep_their_range():
     rng = PictureRNG(range(200), 0, "x")
     uniform, integers = rng.rand(5), rng.randint(3, 5)
-    assert 0 <= uniform.min() and uniform.max() < 1 and set(integers.unique().tolist()) == {0, 1, 2}
+    assert uniform.min() >= 0 and uniform.max() < 1 and set(integers.unique().tolist()) == {0, 1, 2}
     assert abs(float(uniform.mean()) - 0.5) < 0.03
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.launching import environment, launch
 from safetensors.torch import load_file
 
-from fakes.launching import environment, launch
 from umm.config import load
 from umm.errors import ConfigError, NonFinite, UmmError
 from umm.loader import Feed, positions
@@ -267,12 +267,25 @@ def test_the_average_has_its_closed_form():
     module = torch.nn.Linear(2, 2, bias=False)
     start = module.weight.detach().clone()
     ema = EMA(module, decay=0.9)
+    ema.steps = 100  # past the ramp
     with torch.no_grad():
         for step in range(1, 6):
             module.weight.fill_(step)
             ema.update(module)
     expected = 0.9**5 * start + sum(0.1 * 0.9 ** (5 - step) * step for step in range(1, 6))
     torch.testing.assert_close(ema.module.weight, expected)
+
+
+def test_the_average_of_a_short_run_has_forgotten_the_initial_weights():
+    """With a constant decay of 0.998, 500 steps would keep 37 % of them."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(module, decay=0.998)
+    with torch.no_grad():
+        module.weight.fill_(0)
+        ema.module.weight.fill_(1)
+        for _ in range(500):
+            ema.update(module)
+    assert float(ema.module.weight.detach()) < 1e-6
 
 
 def test_the_saved_model_holds_the_average_and_not_the_weights(fake_overrides):

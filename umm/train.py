@@ -51,15 +51,20 @@ def learning_rate(optim: OptimSettings, images: int, total: int) -> float:
 
 
 class EMA:
-    """ema <- decay * ema + (1 - decay) * weights after every step; buffers are copied."""
+    """ema <- d * ema + (1 - d) * weights after every step; buffers are copied.
+
+    d = min(decay, (1 + n) / (10 + n)) after n steps, so that a short run is not judged by its initial weights.
+    """
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.steps = decay, 0
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - self.decay)
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers()):
             mine.copy_(theirs)
 
@@ -325,11 +330,13 @@ class Trainer:
 
     def write_checkpoint(self, folder: Path) -> None:
         weights, averages = {}, {}
-        state = {"step": self.step, "optimizers": {}, "tasks": {task.name: task.state_dict() for task in self.tasks}}
+        tasks = {task.name: task.state_dict() for task in self.tasks}
+        state = {"step": self.step, "optimizers": {}, "averaged": {}, "tasks": tasks}
         for learner in self.all_learners():
             weights |= prefixed(learner.key, learner.phase.module.state_dict())
             averages |= prefixed(learner.key, learner.ema.module.state_dict()) if learner.ema else {}
             state["optimizers"][learner.key] = learner.optimizer.state_dict()
+            state["averaged"][learner.key] = learner.ema.steps if learner.ema else 0
         save_file(contiguous(weights), folder / "model.safetensors")
         save_file(contiguous(averages), folder / "ema.safetensors")
         torch.save(state, folder / "state.pt")
@@ -346,6 +353,7 @@ class Trainer:
             learner.phase.module.load_state_dict(unprefixed(learner.key, weights))
             if learner.ema:
                 learner.ema.module.load_state_dict(unprefixed(learner.key, averages))
+                learner.ema.steps = state["averaged"][learner.key]
             learner.optimizer.load_state_dict(state["optimizers"][learner.key])
         for task in self.tasks:
             task.load_state_dict(state["tasks"][task.name])
