@@ -40,11 +40,16 @@ class Answered:
 
 
 class Number(NamedTuple):
-    """A named mean over questions with the values it is the mean of."""
+    """A mean over questions."""
 
-    name: str
+    head: str  # or "<head> - blind", the difference
+    kind: str  # of the questions; empty: all
     values: list[float]
-    images: list[str]
+    images: list[str]  # the picture of each question
+
+    @property
+    def metric(self) -> str:
+        return f"accuracy on {self.kind}" if self.kind else "accuracy"
 
 
 def answering_heads(model: UnifiedModel) -> dict[str, AnsweringHead]:
@@ -120,26 +125,23 @@ class Pictures:
 
 
 def numbers_of(answered: list[Answered]) -> list[Number]:
-    """Accuracies of all heads, overall and by kind, and what the pictures add."""
-    heads = list(answered[0].answers)
-    groups = {"": answered}
-    kinds = sorted({one.question.kind for one in answered})
-    if len(kinds) > 1:
-        groups |= {f" on {kind or 'the rest'}": [a for a in answered if a.question.kind == kind] for kind in kinds}
-    found = []
-    for suffix, some in groups.items():
+    """Accuracies of all heads and what the pictures add, overall and by kind."""
+    heads, found = list(answered[0].answers), []
+    kinds = sorted({one.question.kind for one in answered} - {""})
+    for kind in ["", *kinds]:
+        some = [one for one in answered if kind in ("", one.question.kind)]
         images = [one.image for one in some]
         scores = {head: [one.score(head) for one in some] for head in heads}
-        found += [Number(f"{head} accuracy{suffix}", values, images) for head, values in scores.items()]
         if len(heads) > 1:
-            gain = [seen - unseen for seen, unseen in zip(scores[heads[0]], scores[heads[1]])]
-            found.append(Number(f"{heads[0]} - {heads[1]}{suffix}", gain, images))
+            seeing, blind = scores.values()
+            scores[" - ".join(heads)] = [one - other for one, other in zip(seeing, blind)]
+        found += [Number(head, kind, values, images) for head, values in scores.items()]
     return found
 
 
 def measured(number: Number, seed: int, resamples: int) -> dict:
     """{"value", "low", "high", "n"}; the interval resamples pictures, which bring all their questions."""
-    draw = np.random.default_rng(derive_seed(seed, "bootstrap", number.name))
+    draw = np.random.default_rng(derive_seed(seed, "bootstrap", number.head, number.kind))
     interval = clustered_bootstrap(number.values, number.images, draw, resamples)
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
 
@@ -150,7 +152,7 @@ def records(answered: list[Answered], model: UnifiedModel, config: DictConfig) -
     fixed = {"higher_is_better": True, "version": VERSION, "headline": True, "conflict": None}
     for number in numbers_of(answered):
         values = measured(number, config.seed, config.eval.bootstrap)
-        found.numbers.append({"metric": number.name, **values, **fixed})
+        found.numbers.append({"metric": f"{number.head} {number.metric}", **values, **fixed})
     for head in answered[0].answers:
         found.items[f"{head} accuracy"] = {one.item: one.score(head) for one in answered}
     return found

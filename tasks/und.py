@@ -1,5 +1,6 @@
 """Understanding: classes read from a frozen latent space, or from a trunk that this loss alone trains.
 
+    und.kind=vqa, llm question answering instead, see `umm/tasks/_answering.py`
     und.train=probe   a linear or attentive reader on standardised latents
     und.train=trunk   a DiT from scratch and a reader of one of its blocks: the specialist that joint training must beat
 
@@ -33,6 +34,7 @@ from umm.paired import wilson
 from umm.progress import Progress
 from umm.rng import PictureRNG, seeded_init
 from umm.settings import LinearSettings
+from umm.tasks._answering import Answering
 from umm.tasks.base import Phase, Task
 
 SHOWN = 20  # classes whose recall is a line of the table; of more, the worst
@@ -65,6 +67,10 @@ class Und(Task):
     """Trains a reader, and with `und.train=trunk` the trunk below it."""
 
     name = "und"
+
+    def __new__(cls, config: DictConfig, space: LatentSpace, val: DataSource | None) -> Task:
+        """Questions have a task of their own."""
+        return super().__new__(cls) if config.und.kind == "classify" else Answering(config, space, val)
 
     def __init__(self, config: DictConfig, space: LatentSpace, val: DataSource | None):
         super().__init__(config, space, val)
@@ -154,6 +160,8 @@ class Und(Task):
             MissingHead: the model cannot classify.
             DataError: the pictures have no labels, or other classes than the model.
         """
+        if config.und.kind != "classify":
+            return Answering.evaluate(model, config, accelerator)
         classes, source = model.head("und").classes, open_source(config, config.eval.split)
         check_classes(source, classes)
         total = min(len(source), config.eval.images or len(source))
