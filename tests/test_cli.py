@@ -19,7 +19,8 @@ def umm(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arguments", [("--help",), ("list",), ("config", "--task", "recon"), ("assets", "list")])
 def test_what_only_talks_does_not_import_torch(arguments):
     """Half a second of waiting for a help text is what torch costs; time itself is measured in benchmarks/."""
-    code = "import sys; from umm.cli import cli; cli(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    talk = "import sys; from umm.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
+    code = f"{talk}; assert 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True, timeout=60
     )
