@@ -4,8 +4,6 @@
     und.train=probe   a linear or attentive reader on standardised latents
     und.train=trunk   a DiT from scratch and a reader of one of its blocks: the specialist that joint training must beat
 
-With und.kind=vqa or llm the task is question answering instead, `umm/tasks/_answering.py`.
-
 B batch, C channels, h w latent grid, D trunk width, K classes.
 """
 
@@ -69,10 +67,6 @@ class Und(Task):
     """Trains a reader, and with `und.train=trunk` the trunk below it."""
 
     name = "und"
-
-    def __new__(cls, config: DictConfig, space: LatentSpace, val: DataSource | None) -> Task:
-        """`und.kind` chooses between two tasks of one name."""
-        return super().__new__(cls) if config.und.kind == "classify" else answering()(config, space, val)
 
     def __new__(cls, config: DictConfig, space: LatentSpace, val: DataSource | None) -> Task:
         """Questions have a task of their own."""
@@ -168,8 +162,6 @@ class Und(Task):
         """
         if config.und.kind != "classify":
             return Answering.evaluate(model, config, accelerator)
-        if config.und.kind != "classify":
-            return answering().evaluate(model, config, accelerator)
         classes, source = model.head("und").classes, open_source(config, config.eval.split)
         check_classes(source, classes)
         total = min(len(source), config.eval.images or len(source))
@@ -183,12 +175,6 @@ class Und(Task):
         if accelerator.num_processes > 1:
             answers = gather_object(answers)
         return class_records(answers, classes)
-
-
-def answering() -> type[Task]:
-    from umm.tasks._answering import Answering  # language models are not needed for classes
-
-    return Answering
 
 
 def check_classes(source: DataSource, classes: list[str]) -> None:
