@@ -146,7 +146,7 @@ def training_texts(config: DictConfig, space: LatentSpace) -> Iterator[dict]:
                 "hub data set with data.columns={question: ..., answer: ...}."
             )
         require_answers(item["questions"])
-        yield {key: item[key] for key in ("caption", "questions") if item.get(key)  is not None}
+        yield {key: item[key] for key in ("caption", "questions") if item.get(key) is not None}
 
 
 def build_head(config: DictConfig, space: LatentSpace, texts: list[dict]) -> AnsweringHead:

@@ -107,9 +107,8 @@ class Pictures:
         source = open_source(config, config.eval.split)
         if source.streaming:
             raise DataError("an evaluation needs to count its pictures: set data.streaming=false, or use a local copy.")
-        self.model, self.device, self.data, self.cached = model, accelerator.device, source, config.cache.dir is not None
-        if self.cached:
-            self.data = open_cache(config, model.space, source, accelerator)
+        self.model, self.device, self.cached = model, accelerator.device, config.cache.dir is not None
+        self.data = open_cache(config, model.space, source, accelerator) if self.cached else source
         self.count = min(len(source), config.eval.images or len(source))
 
     def __len__(self) -> int:

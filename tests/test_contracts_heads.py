@@ -29,6 +29,8 @@ def outputs(head: torch.nn.Module, batch: int = 2, dtype: torch.dtype = torch.fl
     generator = torch.Generator().manual_seed(0)
     known = {"t": torch.full((4,), 0.3), "y": torch.arange(4) % 2}
     others = list(inspect.signature(head.forward).parameters.values())[1:]
+    if hasattr(head, "inputs"):  # of questions, one a picture
+        known |= head.inputs(["Is there a red circle?", "yes", "Is there a circle?", "red"])
     arguments = {p.name: known[p.name][:batch] for p in others if p.default is p.empty and p.name in known}
     arguments = {key: value.to(dtype) if value.is_floating_point() else value for key, value in arguments.items()}
     latents = torch.randn(4, *SPEC.shape, generator=generator)[:batch].to(dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from umm import assets
 from umm.errors import MissingWeights
 from umm.layers import sincos_2d
-from umm.pretrained import sha256_of
+from umm.pretrained import first_line, quiet, sha256_of
 from umm.progress import Progress
 from umm.rng import generator, seeded_init
 from umm.settings import TinyLanguageSettings
@@ -108,15 +108,18 @@ def load(name: str, revision: str | None, kind: type) -> tuple[object, nn.Module
     place = str(assets.path(name.removeprefix("asset:"))) if name.startswith("asset:") else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+            raise OSError("its vocabulary is empty")
     except Exception as error:  # offline, no such repository, no tokenizer files: a dozen kinds
         raise MissingWeights(
             f"no tokenizer of '{name}' can be had ({first_line(error)}): give a local folder in transformers layout "
             "that has its tokenizer files, or a hub id that can be reached."
         ) from error
     try:
-        model, report = kind.from_pretrained(
-            place, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        with quiet():
+            model, report = kind.from_pretrained(
+                place, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:
         raise MissingWeights(f"the weights of '{name}' cannot be read ({first_line(error)}).") from error
     if report["missing_keys"]:
@@ -129,15 +132,10 @@ def check_weights(name: str, model: nn.Module, expected: str | None) -> str:
     found = sha256_of(model.state_dict())
     if expected not in (None, found):
         raise MissingWeights(
-            f"this head was trained with weights of '{name}' whose sha256 begins {expected[:12]}; those found here begin "
-            f"{found[:12]}. Give the original ones."
+            f"this head was trained with weights of '{name}' whose sha256 begins {expected[:12]}; those found here "
+            f"begin {found[:12]}. Give the original ones."
         )
     return found
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------- a language model made here
@@ -221,4 +219,4 @@ def pretrain(model: nn.Module, texts: Sequence[Sequence[int]], settings: TinyLan
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             progress.advance(settings.batch_size)
-    return float(loss)
+    return float(loss.detach())

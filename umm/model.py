@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +22,11 @@ from umm.runs import write_atomic, writing
 from umm.sampling import Labels
 from umm.settings import SamplerSettings
 
-HOW_TO_TRAIN = {"decoder": "recon", "dit": "gen"}  # head -> the task that trains it
+HOW_TO_TRAIN = {"decoder": "recon", "dit": "gen", "vqa": "und und.kind=vqa"}  # head -> the task that trains it
 
 
 class UnifiedModel(nn.Module):
-    """encode, decode, reconstruct, sample, classify: whatever the heads at hand allow.
+    """encode, decode, reconstruct, sample, classify, answer: whatever the heads at hand allow.
 
     images (B, 3, H, W) float in [0, 1]; latents (B, C, h, w), standardised by the space's statistics.
     """
@@ -128,6 +129,15 @@ class UnifiedModel(nn.Module):
         noise = torch.randn(self.spec.shape, generator=generator("und", "noise")).to(latents)  # one for all pictures
         noisy = (1 - where["time"]) * latents + where["time"] * noise
         return reader(trunk_grid(self.head("dit"), noisy, where["time"], where["block"]))
+
+    @torch.no_grad()
+    def answer(self, images: Tensor, questions: Sequence[str]) -> list[str]:
+        """One answer a question: question i is about picture i, or all are about the only picture."""
+        if len(images) not in (1, len(questions)):
+            raise UmmError(f"{len(questions)} questions about {len(images)} pictures: give one each, or one picture.")
+        head = self.head("llm" if "llm" in self.heads else "vqa")
+        pictures = torch.zeros(len(questions), dtype=torch.long) if len(images) == 1 else None
+        return head.answer(self.encode(images), questions, pictures)
 
     # -------------------------------------------------------------------------------------------------- save, load
 

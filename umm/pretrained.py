@@ -50,7 +50,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         model_info(repo, revision=revision, timeout=10)  # one try: a download alone waits for minutes on a dead hub
         return Path(snapshot_download(**arguments))
     except Exception as error:  # the hub has a dozen kinds: offline, no such repository, gated, not an id, timeout
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         raise MissingWeights(
             f"the weights '{repo}' are no local folder and cannot be had from the hub ({reason}): give a folder in "
             "transformers layout, or latent.weights=asset:dinov2-small-saliency, which needs no hub."
@@ -67,12 +67,12 @@ def load_pretrained(folder: Path, classes: Mapping[str, type[nn.Module]]) -> nn.
     if kind not in classes:
         raise MissingWeights(f"{folder} holds a '{kind}' model, not one of {', '.join(classes)}.")
     try:
-        with _quiet():
+        with quiet():
             model, report = classes[kind].from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:  # no file, truncated file, wrong shapes: transformers and safetensors have many kinds
-        raise MissingWeights(f"the weights in {folder} cannot be read ({_first_line(error)}).") from error
+        raise MissingWeights(f"the weights in {folder} cannot be read ({first_line(error)}).") from error
     missing = sorted(set(report["missing_keys"]) - set(UNUSED))
     unexpected = sorted(report["unexpected_keys"])
     if missing or unexpected:
@@ -96,7 +96,7 @@ def read_tensors(file: Path) -> dict:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors have many kinds
-        raise MissingWeights(f"{file} cannot be read as tensors ({_first_line(error)}).") from error
+        raise MissingWeights(f"{file} cannot be read as tensors ({first_line(error)}).") from error
 
 
 def _model_type(folder: Path) -> str:
@@ -131,7 +131,7 @@ def sha256_of(state: Mapping[str, Tensor], skip: Collection[str] = ()) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar for a load of milliseconds."""
     from transformers.utils import logging
 
@@ -144,6 +144,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -132,7 +132,8 @@ def plan(config: DictConfig) -> str:
     kinds = Counter(question.kind for question in questions)
     lines = [f"{len(source)} train, {len(open_source(config, config.eval.split))} {config.eval.split} pictures"]
     lines += first_row(items[0], source.classes)
-    lines += [f"latents {space.spec.shape}, {config.und.kind}: {trained:,} trained of {head.parameter_count():,} weights"]
+    weights = f"{trained:,} trained of {head.parameter_count():,} weights"
+    lines += [f"latents {space.spec.shape}, {config.und.kind}: {weights}"]
     lines += [f"first {len(items)} pictures: {len(questions)} questions; {coverage(head, questions)}"]
     lines += ["  " + ", ".join(f"{count} {kind or 'of no kind'}" for kind, count in sorted(kinds.items()))]
     twins = 2 if config.und.blind else 1

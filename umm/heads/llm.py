@@ -92,12 +92,13 @@ class LLMHead(AnsweringHead):
         if spec.height % settings.merge or spec.width % settings.merge:
             raise ConfigError(f"llm.merge={settings.merge} does not divide the {spec.height} x {spec.width} latent.")
         if tokenizer.eos_token_id is None:
-            raise MissingWeights(f"the tokenizer of '{settings.model}' has no end token (eos_token): answers never end.")
+            raise MissingWeights(f"the tokenizer of '{settings.model}' has no eos_token: its answers would never end.")
         self.spec, self.settings, self.tokenizer = spec, settings, tokenizer
         self.tokens = spec.tokens // settings.merge**2
         self.template = Template(settings.template, tokenizer, self.tokens)
         dim = language_model.get_input_embeddings().embedding_dim
-        self.projector = nn.Sequential(nn.Linear(spec.channels * settings.merge**2, dim), nn.GELU(), nn.Linear(dim, dim))
+        width = spec.channels * settings.merge**2
+        self.projector = nn.Sequential(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
         self.places = nn.Parameter(torch.zeros(self.tokens, dim))  # the language model itself sees one row of tokens
         self.language_model = with_lora(language_model.requires_grad_(False), settings.lora)
         self.tokenizer_json: str | None = None  # of a language model made here
@@ -151,7 +152,7 @@ class LLMHead(AnsweringHead):
         return self
 
     def stage(self, images: int) -> None:
-        """Before `lora.start` images the updates count for nothing and get gradients of zero: the projector is alone."""
+        """Before `lora.start` images the updates count for nothing and get gradients of zero: the projector learns."""
         for layer in self.lora_layers:
             layer.set_scale(ADAPTER, float(images >= self.settings.lora.start))
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from umm.data.base import Question
 from umm.errors import ConfigError
 from umm.heads._answering import PAD, AnsweringHead, padded, pictures_of
-from umm.latents.base import LatentSpec
 from umm.language import PretrainedText, Words
+from umm.latents.base import LatentSpec
 from umm.layers import Mlp, sincos_2d, tokens_of
 from umm.metrics._vqa import soft_scores
 from umm.settings import VQASettings
+
 
 class Attention(nn.Module):
     """x (Q, L, D) attends to context (B, N, D), the one of its picture; `mask` (Q, N) is True where it may look."""
