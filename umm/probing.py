@@ -58,7 +58,8 @@ def probe_classes(
     """What `classify` does; returns the table, or with `dry_run` the plan."""
     chosen = parse_methods(methods)
     wanted = [features.parse(text) for text in addresses.split(",")]
-    subjects = [open_subject(target, file, overrides, Path(out), limit) for target in targets or [None]]
+    names = [str(target) for target in targets] or [None]
+    subjects = [open_subject(name, file, overrides, Path(out), limit) for name in names]
     if dry_run:
         return "\n\n".join(plan(subject, wanted, chosen) for subject in subjects)
     described = {subject.name: OmegaConf.to_container(subject.config) for subject in subjects}

@@ -40,7 +40,8 @@ class AttentiveReader(Head):
             raise ConfigError(f"attentive.heads={self.heads} does not divide the width {width} of the tokens.")
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
-        self.kv = nn.Linear(width, 2 * width)
+        self.key = nn.Linear(width, width, bias=False)  # a bias would add the same to every token's score
+        self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
         self.linear = nn.Linear(width, len(self.classes))
         nn.init.normal_(self.linear.weight, std=0.01)
@@ -57,8 +58,8 @@ class AttentiveReader(Head):
 
     def forward(self, latents: Tensor) -> Tensor:
         tokens = self.norm(tokens_of(latents))  # (B, N, D)
-        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-        q = self.query.unflatten(0, (1, self.heads, 1, -1)).expand(len(tokens), -1, -1, -1)  # (B, H, 1, d)
+        k, v = (part(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
+        q = self.query.unflatten(0, (1, self.heads, 1, -1)).expand(len(tokens), -1, -1, -1)  # (B, H, 1, D/H)
         gathered = F.scaled_dot_product_attention(q, k, v).flatten(1)  # (B, D)
         return self.linear(self.proj(gathered))
 
