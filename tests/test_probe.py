@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from umm.config import load
 from umm.errors import ConfigError, DataError, UmmError, UnknownName
 from umm.fitting import batches, count_overlaps, mean_iou
+from umm.heads.attentive import AttentiveReader
 from umm.heads.linear import LinearGrid
 from umm.knn import knn_votes
+from umm.latents.base import LatentSpec
 from umm.paired import clustered_bootstrap, clustered_error, compare, equivalence_p, mcnemar, wilson
 from umm.probe import probe
 from umm.probing import anchor_notes, choose_subset, probe_classes
@@ -112,6 +114,20 @@ def test_more_neighbours_than_pictures_are_refused():
     x, y = features(8)
     with pytest.raises(UmmError, match=r"probe\.neighbors to 1\.\.8"):
         knn_votes(x, y, x, 4, k=9)
+
+
+# ---------------------------------------------------------------------------------------------------------- attentive
+
+
+def test_the_attentive_probe_is_cross_attention_of_one_query():
+    head = AttentiveReader.tiny(LatentSpec(128, 3, 4, 32)).double()
+    assert head.heads == 2
+    latents = torch.randn(5, 128, 3, 4, generator=DRAW, dtype=torch.float64)
+    tokens = head.norm(latents.flatten(2).transpose(1, 2))
+    k, v = (part(tokens).unflatten(2, (2, 64)).transpose(1, 2) for part in (head.key, head.value))
+    q = head.query.view(1, 2, 1, 64).expand(5, -1, -1, -1)
+    gathered = torch.nn.functional.scaled_dot_product_attention(q, k, v).flatten(1)
+    torch.testing.assert_close(head(latents), head.linear(head.proj(gathered)))
 
 
 # ------------------------------------------------------------------------------------------------------- segmentation

@@ -5,10 +5,10 @@ B batch, h w grid, N = h * w tokens, D width, H heads, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umm.errors import ConfigError
@@ -57,11 +57,14 @@ class AttentiveReader(Head):
             return cls(spec, ["a", "b", "c"])
 
     def forward(self, latents: Tensor) -> Tensor:
+        """With one query, key and value maps can be applied to it and to what it gathers, not to every token."""
         tokens = self.norm(tokens_of(latents))  # (B, N, D)
-        k, v = (part(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.key, self.value))
-        q = self.query.unflatten(0, (1, self.heads, 1, -1)).expand(len(tokens), -1, -1, -1)  # (B, H, 1, D/H)
-        gathered = F.scaled_dot_product_attention(q, k, v).flatten(1)  # (B, D)
-        return self.linear(self.proj(gathered))
+        of_head = (self.heads, -1, tokens.shape[2])
+        queries = torch.einsum("hd,hdw->hw", self.query.unflatten(0, of_head[:2]), self.key.weight.view(of_head))
+        scores = tokens @ queries.T / math.sqrt(tokens.shape[2] // self.heads)  # (B, N, H)
+        gathered = scores.softmax(1).transpose(1, 2) @ tokens  # (B, H, D)
+        values = torch.einsum("bhw,hdw->bhd", gathered, self.value.weight.view(of_head)).flatten(1)  # (B, D)
+        return self.linear(self.proj(values + self.value.bias))
 
 
 def default_heads(width: int) -> int:
