@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from umm.latents.base import LatentSpace
 from umm.loader import to_device
 from umm.metrics._vqa import common_answers
 from umm.model import UnifiedModel
+from umm.progress import Progress
 from umm.rng import PictureRNG, seeded_init
 from umm.runs import write_atomic
 from umm.tasks._answering_judging import ask, records
@@ -49,7 +50,7 @@ class Answering(Task):
         super().__init__(config, space, val)
         self.settings, self.kind = settings_of(config.und), config.und.kind
         self.keys = ("image" if config.cache.dir is None else "latent", "questions")
-        texts = list(training_texts(config, space))
+        texts = list(training_texts(config, space)) if reads_texts(config) else []
         with seeded_init(self.seed, self.name, self.kind):
             head = build_head(config, space, texts)
         self.networks: dict[str, AnsweringHead] = {self.kind: head}
@@ -58,8 +59,8 @@ class Answering(Task):
         self.phases = [
             Phase(name, network, self.settings.optim, self.settings.ema) for name, network in self.networks.items()
         ]
-        self.coverage = coverage(head, [question for item in texts for question in item["questions"]])
-        if PartialState().is_main_process:
+        self.coverage = coverage(head, texts)
+        if self.coverage and PartialState().is_main_process:
             print(self.coverage)
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -69,19 +70,19 @@ class Answering(Task):
         head, latents = self.networks[phase], self.space.normalizer(batch["latent"])
         if isinstance(head, LLMHead):
             head.stage(images)
-        if "asked" not in batch:
-            batch["asked"] = self.asked(batch["questions"], latents.device)
+        if "asked" not in batch:  # the first phase
+            batch["asked"] = self.asked(batch.get("questions", ()), latents.device)
         inputs, targets, pictures, weights = batch["asked"]
         forward = next(p.forward for p in self.phases if p.name == phase)
         seen = torch.zeros_like(latents) if phase == BLIND else latents
         return {"loss": (head.losses(forward(seen, **inputs, pictures=pictures), targets) * weights).sum()}
 
-    def asked(self, questions: list[list[Question]], device: torch.device) -> tuple[dict, Tensor, Tensor, Tensor]:
+    def asked(self, questions: Sequence[list[Question]], device: torch.device) -> tuple[dict, Tensor, Tensor, Tensor]:
         """Inputs and targets of all questions of B pictures, the picture (Q,) and the weight (Q,) of each."""
         counts = torch.tensor([len(some) for some in questions])
         every = [question for some in questions for question in some]
         if not every:
-            raise DataError("no picture of a batch has a question: raise train.batch_size, or drop such pictures.")
+            raise no_questions(self.config)
         inputs, targets = self.networks[self.kind].examples(every)
         pictures = torch.arange(len(questions)).repeat_interleave(counts)
         weights = 1 / (counts[pictures] * len(questions))
@@ -126,6 +127,18 @@ class Answering(Task):
 # ------------------------------------------------------------------------------------------------------------ building
 
 
+def reads_texts(config: DictConfig) -> bool:
+    """Whether the head is made from the training set's words; a pretrained language model has its own."""
+    return config.und.kind == "vqa" or config.und.llm.model == "tiny"
+
+
+def no_questions(config: DictConfig) -> DataError:
+    return DataError(
+        f"pictures of '{config.data.name}' have no questions: use shapes or easy_vqa, or name the columns of a hub "
+        "data set with data.columns={question: ..., answer: ...}."
+    )
+
+
 def training_texts(config: DictConfig, space: LatentSpace) -> Iterator[dict]:
     """{"questions", "caption" where there is one} of the training pictures, from the latent cache where there is one.
 
@@ -139,14 +152,14 @@ def training_texts(config: DictConfig, space: LatentSpace) -> Iterator[dict]:
         made = cache.LatentCache.open(cache_folder(config, space, source))
         made = made.select(*[name for name in made.fields if name in ("id", "caption", "questions")])
         items = (made[i] for i in range(len(made)))
-    for item in items:
-        if "questions" not in item:
-            raise DataError(
-                f"the data set '{config.data.name}' has no questions: use shapes or easy_vqa, or name the columns of a "
-                "hub data set with data.columns={question: ..., answer: ...}."
-            )
-        require_answers(item["questions"])
-        yield {key: item[key] for key in ("caption", "questions") if item.get(key) is not None}
+    total = None if source.streaming else len(source)
+    with Progress(total, enabled=PartialState().is_main_process, what="reading questions") as progress:
+        for item in items:
+            if "questions" not in item:
+                raise no_questions(config)
+            require_answers(item["questions"])
+            yield {key: item[key] for key in ("caption", "questions") if item.get(key) is not None}
+            progress.advance(1)
 
 
 def build_head(config: DictConfig, space: LatentSpace, texts: list[dict]) -> AnsweringHead:
@@ -192,8 +205,11 @@ def twin(head: AnsweringHead) -> AnsweringHead:
     return copy.deepcopy(head, {id(p): p for p in head.parameters() if not p.requires_grad})
 
 
-def coverage(head: AnsweringHead, questions: list[Question]) -> str:
-    """How many of the training questions the head could answer at all."""
+def coverage(head: AnsweringHead, texts: list[dict]) -> str:
+    """How many of the training questions a closed head could answer at all; nothing where answers are free."""
+    if not isinstance(head, VQAHead):
+        return ""
+    questions = [question for item in texts for question in item["questions"]]
     known = sum(map(head.can_answer, questions))
-    answers = f"the {len(head.answers)} known answers fit" if isinstance(head, VQAHead) else "free answers fit"
-    return f"{answers} {known} of {len(questions)} training questions ({known / len(questions):.2%})"
+    share = f"{known} of {len(questions)} training questions ({known / len(questions):.2%})"
+    return f"the {len(head.answers)} known answers fit {share}"

@@ -71,7 +71,7 @@ def ask(model: UnifiedModel, config: DictConfig, accelerator: Accelerator) -> li
     """Every question of `eval.split` to every head that answers; whole and in order on every process.
 
     Raises:
-        DataError: there are no questions, or they have no answers to compare with.
+        DataError: there are no questions, they have no answers to compare with, or the model knows none of them.
     """
     heads, found = answering_heads(model), []
     pictures = Pictures(model, config, accelerator)
@@ -97,6 +97,11 @@ def ask(model: UnifiedModel, config: DictConfig, accelerator: Accelerator) -> li
     found = gather_object(found)
     if not found:
         raise DataError(f"the {config.eval.split} split of '{config.data.name}' has no questions to ask.")
+    if not any(answered.known for _, answered in found):
+        raise DataError(
+            f"not one of the {len(found)} questions of the {config.eval.split} split has an answer this model knows: "
+            "ask about the data set it was trained on."
+        )
     return [answered for _, answered in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -160,7 +165,7 @@ def records(answered: list[Answered], model: UnifiedModel, config: DictConfig) -
 def notes(answered: list[Answered], model: UnifiedModel) -> list[str]:
     """What a reader of the numbers must know: how much could not be answered at all."""
     unknown = sum(not one.known for one in answered)
-    said = [model.facts["coverage"]] if "coverage" in model.facts else []
+    said = [model.facts["coverage"]] if model.facts.get("coverage") else []
     if unknown:
         said.append(f"{unknown} of {len(answered)} questions have no answer among the known ones: always wrong")
     if len(answered[0].answers) < 2:

@@ -110,7 +110,7 @@ def test_a_picture_counts_once_however_much_is_asked_of_it(tmp_path):
     _, _, pictures, weights = task.asked(questions, torch.device("cpu"))
     assert pictures.tolist() == [0, 0, 0, 1]
     torch.testing.assert_close(weights, torch.tensor([1 / 9, 1 / 9, 1 / 9, 1 / 3]))
-    with pytest.raises(DataError, match="no picture of a batch has a question"):
+    with pytest.raises(DataError, match="have no questions"):
         task.asked([[], []], torch.device("cpu"))
 
 
@@ -162,6 +162,18 @@ def test_a_small_language_model_reads_captions_and_answered_questions():
     assert documents(texts, "{image} q: {question} a: {answer}") == ["A red circle.", "q: Is it red? a: yes"]
 
 
+def test_questions_that_cannot_be_scored_are_refused_or_counted(tmp_path, monkeypatch):
+    train(run_config(tmp_path / "run", "vqa", "und.blind=false"))
+    zebra, yes = Question("Is it?", "zebra"), Question("Is it?", "yes")
+    for asked, error in (([zebra], "not one of the 12 questions"), ([Question("Is it?", "")], "has no answer")):
+        monkeypatch.setattr("umm.data.shapes.questions", lambda *_, asked=asked: asked)
+        with pytest.raises(DataError, match=error):
+            evaluate_run(tmp_path / "run")
+    monkeypatch.setattr("umm.data.shapes.questions", lambda *_: [zebra, yes])
+    table = evaluate_run(tmp_path / "run")
+    assert "12 of 24 questions have no answer among the known ones" in table and "no blind baseline" in table
+
+
 # -------------------------------------------------------------------------------------------------------- command
 
 
@@ -191,7 +203,7 @@ def test_a_dry_run_says_shapes_and_cost_and_writes_nothing(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="has no questions"):
+    with pytest.raises(DataError, match="have no questions"):
         train(run_config(tmp_path / "run", "vqa", "data.name=fakes.pictures", shapes=False))
     result = CliRunner().invoke(probe, ["vqa", "no_such_space", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2 and result.output.count("\n") == 1 and "no_such_space" in result.output

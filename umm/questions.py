@@ -27,7 +27,7 @@ from umm.probing import first_row
 from umm.runs import Run
 from umm.samples import Results, sample
 from umm.subjects import subject_config
-from umm.tasks._answering import build_head, coverage
+from umm.tasks._answering import build_head, coverage, no_questions
 from umm.tasks._answering_judging import Answered, answering_heads, ask, measured, notes, numbers_of
 from umm.train import train
 
@@ -125,8 +125,11 @@ def plan(config: DictConfig) -> str:
     config.und.llm.tiny.steps, config.cache.dir = 0, None  # nothing is trained, no cache is made
     source, space = open_source(config, "train"), build_space(config.latent)
     items = list(itertools.islice(source.stream(), LOOKED_AT))
-    head = build_head(config, space, [item for item in items if "questions" in item])
-    questions = [question for item in items for question in item.get("questions", ())]
+    texts = [item for item in items if item.get("questions")]
+    if not texts:
+        raise no_questions(config)
+    head = build_head(config, space, texts)
+    questions = [question for item in texts for question in item["questions"]]
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
     each = cost(head, questions[:64]) * len(questions) / len(items)
     kinds = Counter(question.kind for question in questions)
@@ -134,7 +137,7 @@ def plan(config: DictConfig) -> str:
     lines += first_row(items[0], source.classes)
     weights = f"{trained:,} trained of {head.parameter_count():,} weights"
     lines += [f"latents {space.spec.shape}, {config.und.kind}: {weights}"]
-    lines += [f"first {len(items)} pictures: {len(questions)} questions; {coverage(head, questions)}"]
+    lines += [f"first {len(items)} pictures: {len(questions)} questions; {coverage(head, texts) or 'free answers'}"]
     lines += ["  " + ", ".join(f"{count} {kind or 'of no kind'}" for kind, count in sorted(kinds.items()))]
     twins = 2 if config.und.blind else 1
     total = 3 * twins * each * config.train.images / 1e12
