@@ -9,6 +9,7 @@ B batch, C channels, h w latent grid, D trunk width, K classes.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 
 import torch
@@ -98,7 +99,8 @@ class Und(Task):
 
     def build_trunk(self) -> TrunkReader:
         """The first weights are those of an unconditional `gen` run with the same seed: arms are paired by it."""
-        with seeded_init(self.seed, "gen", "dit"):
+        with seeded_init(self.seed, "gen", "dit"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "this DiT is .* wide")  # width limits generation, not reading
             dit = DiT.from_config(self.settings.dit, self.space.spec)
         reader = self.build_reader(dit.config.width)
         depth, block = dit.config.depth, self.settings.block

@@ -273,6 +273,8 @@ def test_an_interrupted_command_goes_on_and_ends_equal(tmp_path, monkeypatch):
         file.write('{"task": "pixels/linear", "doc_id": 0}\n{"task": "pix')  # of the probe that was cut off
     run(tmp_path / "stopped")
     assert calls[3:] == calls[2:3] + calls[4:], "finished probes are not repeated"
+    notes = [json.loads((tmp_path / name / "results.json").read_text())["notes"] for name in ("whole", "stopped")]
+    assert notes[0] == notes[1]
     assert (tmp_path / "whole" / "samples.jsonl").read_text() == (tmp_path / "stopped" / "samples.jsonl").read_text()
 
 

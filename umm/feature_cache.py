@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,19 +45,20 @@ from umm.shards import (
 
 FORMAT = 1
 SHARD = 4096  # pictures
+Rows = Callable[[Tensor], Tensor]
 
 
 class FeatureSet:
     """The features of a split, read without its pictures.
 
     Args:
-        tokens: where tokens come from if they are not stored here: a function of row numbers.
+        tokens, masks: functions of row numbers, where the latent cache has what need not be stored here again.
     """
 
-    def __init__(self, folder: Path, tokens=None, masks=None):
+    def __init__(self, folder: Path, tokens: Rows | None = None, masks: Rows | None = None):
         self.folder, self.meta = folder, read_meta(folder)
         self.classes: list[str] | None = self.meta["classes"]
-        self.reader_tokens, self.reader_masks = tokens, masks
+        self.elsewhere = {"tokens": tokens, "masks": masks}
         self.maps: dict[str, list[Tensor]] = {}
         self.labels = torch.cat(self.files("labels.npy"))
         self.ids = [json.loads(line)["id"] for part in self.files("items.jsonl") for line in _lines(part)]
@@ -77,29 +78,27 @@ class FeatureSet:
         return torch.cat(self.files("vectors.npy"))
 
     @property
-    def has_tokens(self) -> bool:
-        return self.reader_tokens is not None or bool(self.files("tokens.npy"))
-
-    @property
     def has_masks(self) -> bool:
-        return self.reader_masks is not None or bool(self.files("masks.npy"))
+        return self.elsewhere["masks"] is not None or bool(self.files("masks.npy"))
 
     def tokens(self, rows: Tensor) -> Tensor:
         """(B, N, D) float32 of the named rows."""
-        return self.reader_tokens(rows) if self.reader_tokens else gather(self.files("tokens.npy"), rows).float()
+        return self.read("tokens", rows).float()
 
     def masks(self, rows: Tensor) -> Tensor:
         """(B, S, S) int64; 0 is background."""
-        return self.reader_masks(rows) if self.reader_masks else gather(self.files("masks.npy"), rows).long()
+        return self.read("masks", rows).long()
 
-
-def gather(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Rows of shards of SHARD rows each, in the order asked for."""
-    return torch.stack([parts[row // SHARD][row % SHARD] for row in rows.tolist()])
+    def read(self, what: str, rows: Tensor) -> Tensor:
+        """Tokens or masks of the named rows, in the order asked for."""
+        if self.elsewhere[what] is not None:
+            return self.elsewhere[what](rows)
+        parts = self.files(f"{what}.npy")
+        return torch.stack([parts[row // SHARD][row % SHARD] for row in rows.tolist()])
 
 
 def _lines(part: Tensor) -> list[str]:
-    return part.numpy().tobytes().decode().splitlines()
+    return part.numpy().tobytes().decode().split("\n")[:-1]
 
 
 # ------------------------------------------------------------------------------------------------------ extracting
@@ -115,9 +114,7 @@ class Extraction:
         dtype: float16 or float32.
     """
 
-    def __init__(
-        self, reader: Reader, space: LatentSpace, data: DataSource, identity: dict, tokens: bool, dtype: str
-    ):
+    def __init__(self, reader: Reader, space: LatentSpace, data: DataSource, identity: dict, tokens: bool, dtype: str):
         self.reader, self.space, self.data, self.dtype = reader, space, data, getattr(torch, dtype)
         self.cached = isinstance(data, LatentCache)
         self.from_cache = tokens and self.cached and reader.address.kind == "latent" and not reader.address.random
@@ -145,6 +142,8 @@ class Extraction:
 
     def open(self, device: torch.device, batch_size: int, workers: int) -> FeatureSet:
         """The features, extracted first where they are missing."""
+        if len(self.data) == 0:
+            raise DataError(f"the {self.data.split} split has no pictures: choose another with probe.split.")
         with only_writer(self.folder, 0), full_disk_explained(self.folder):
             if not self.done():
                 self.run(device, batch_size, workers)
@@ -186,7 +185,7 @@ class Extraction:
 
     def batches(self, plan: list[list[int]], workers: int, device: torch.device) -> Iterator[dict]:
         context = "forkserver" if workers else None
-        rows = Rows(self.data, self.fields())
+        rows = Pictures(self.data, self.fields())
         loader = DataLoader(
             rows, batch_sampler=plan, collate_fn=_as_is, num_workers=workers, multiprocessing_context=context
         )
@@ -228,7 +227,7 @@ class Extraction:
         return out
 
 
-class Rows(Dataset):
+class Pictures(Dataset):
     """Batches of some fields of a source or a latent cache; a field that is not there is left out."""
 
     def __init__(self, data: DataSource, fields: Sequence[str]):

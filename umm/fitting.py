@@ -49,6 +49,12 @@ class Problem:
         whole = len(self.fit) + len(self.held) == len(self.train)
         return torch.cat([self.fit, self.held]) if whole else self.fit
 
+    @property
+    def standardise(self) -> bool:
+        """Whether vectors get mean 0 and variance 1 first."""
+        wanted = self.settings.standardise
+        return not self.reader.normed if wanted is None else wanted
+
 
 @dataclass
 class Found:
@@ -114,8 +120,7 @@ class Vectors:
         self.problem, device = problem, problem.device
         self.x, self.labels = problem.train.vectors().to(device), problem.train.labels.to(device)
         self.width, self.mean, self.scale = self.x.shape[1], 0.0, 1.0
-        wanted = problem.settings.standardise
-        if (not problem.reader.normed) if wanted is None else wanted:
+        if problem.standardise:
             fitted = self.x[problem.fit.to(device)].float()
             self.mean, self.scale = fitted.mean(0), fitted.std(0, correction=0).clamp_min(1e-6)
 

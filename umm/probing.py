@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from umm import features
-from umm.build import open_source, settings_of
+from umm.build import settings_of
 from umm.data.base import collate
 from umm.errors import ConfigError, DataError, UnknownName, nearest
 from umm.feature_cache import Extraction, FeatureSet, no_labels
@@ -122,7 +122,8 @@ def run_probe(task: str, method: str, subset: str, subject: Subject, problem: Pr
     address, train, test = problem.reader.address, problem.train, problem.test
     row = {"task": task, "target": subject.name, "address": address.text, "method": method, "subset": subset}
     row |= {"train": len(problem.fit), "held_out": len(problem.held), "validation": found.validation}
-    row |= {"chosen": found.chosen, "seconds": seconds, "flops": found.flops, "label_fed": address.labelled}
+    row |= {"chosen": found.chosen, "seconds": seconds, "flops": found.flops}
+    row |= {"standardised": problem.standardise, "label_fed": address.labelled}
     row |= {"feature_flops": train.meta["flops"] + test.meta["flops"]}
     row |= {"feature_seconds": round(train.meta["seconds"] + test.meta["seconds"], 3)}
     numbers, samples = (judged_masks if method == "segmentation" else judged)(task, problem, found)
@@ -137,7 +138,8 @@ def extract(subject: Subject, reader: Reader, split: str, tokens: bool) -> Featu
     """The features of a split, from their cache or made now."""
     config = subject.config
     data = subject.data(split, latents=reader.needs == "latent")
-    made = Extraction(reader, subject.space, data, subject.identity(split), tokens, config.probe.dtype)
+    identity = subject.source(split).identity()
+    made = Extraction(reader, subject.space, data, identity, tokens, config.probe.dtype)
     return made.open(subject.accelerator.device, config.latent.encode_batch, config.train.workers)
 
 
@@ -271,7 +273,7 @@ def anchor_notes(subject: Subject, row: dict, train: FeatureSet, test: FeatureSe
 def plan(subject: Subject, wanted: list[Address], methods: list[str]) -> str:
     """Shapes, sizes and FLOPs of what would be done, and the first row as it is read; writes nothing."""
     config, device = subject.config, subject.accelerator.device
-    sources = {split: open_source(config, split) for split in ("train", config.probe.split)}
+    sources = {split: subject.source(split) for split in ("train", config.probe.split)}
     first = sources["train"][0]
     if "label" not in first:
         raise no_labels(sources["train"])

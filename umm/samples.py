@@ -78,7 +78,7 @@ class Results:
                 f"{self.folder} holds results of another command or configuration: give --out another folder, or "
                 "delete it."
             )
-        self.rows = old["rows"]
+        self.rows, self.notes = old["rows"], old["notes"]
 
     def _rewrite_samples(self) -> None:
         """Keep the samples of finished tasks only."""

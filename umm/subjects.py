@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from umm.build import build_space, fit_normalizer, open_cache, open_source, training_data
+from umm.build import build_space, fit_normalizer, open_cache, open_source
 from umm.config import merge, parse_override, read_yaml, schema
 from umm.data.base import DataSource
 from umm.errors import ConfigError, UmmError
@@ -21,7 +21,10 @@ from umm.runs import Run
 
 @dataclass
 class Subject:
-    """One target: its name, configuration, latent space, trunk, and (opened when needed) its pictures."""
+    """One target: its name, configuration, latent space and trunk; its pictures are opened when they are needed.
+
+    `folder` takes the statistics of the latents where they must be measured.
+    """
 
     name: str
     config: DictConfig
@@ -29,30 +32,30 @@ class Subject:
     dit: nn.Module | None
     accelerator: Accelerator
     folder: Path
-    pictures: dict[tuple[str, bool], DataSource] = field(default_factory=dict)
+    sources: dict[str, DataSource] = field(default_factory=dict)
+    caches: dict[str, DataSource] = field(default_factory=dict)
+
+    def source(self, split: str) -> DataSource:
+        """The pictures of a split."""
+        if split not in self.sources:
+            self.sources[split] = open_source(self.config, split)
+        return self.sources[split]
 
     def data(self, split: str, latents: bool) -> DataSource:
         """The pictures of a split; with `latents` their latent cache where the configuration has one."""
-        key = (split, latents and self.config.cache.dir is not None)
-        if key not in self.pictures:
-            self.pictures[key] = self._open(split, key[1])
-        return self.pictures[key]
-
-    def _open(self, split: str, cached: bool) -> DataSource:
-        source = open_source(self.config, split)
-        if cached:
-            return open_cache(self.config, self.space, source, self.accelerator)
+        source = self.source(split)
+        if latents and self.config.cache.dir is not None:
+            if split not in self.caches:
+                self.caches[split] = open_cache(self.config, self.space, source, self.accelerator)
+            return self.caches[split]
         if source.streaming:
             raise ConfigError("probes need to count their pictures: set data.streaming=false, or use a local copy.")
         return source
 
-    def identity(self, split: str) -> dict:
-        return open_source(self.config, split).identity()
-
     def fit(self) -> None:
         """Statistics of the latents, for those addresses that read latents."""
         if not self.space.normalizer.fitted:
-            data = training_data(self.config, self.space, self.accelerator)
+            data = self.data("train", latents=True)
             fit_normalizer(self.space, self.config, data, Run(self.folder), self.accelerator)
 
 
