@@ -95,7 +95,7 @@ class Reader:
     read      batch -> features (B, N, D), or (B, D)
     facts     JSON-able: weights, settings; with the pictures' identity they fix the features
     needs     "image", or "latent", which a cache may hold
-    normed    a layer norm ended the features: the published linear probe does not standardise them
+    normed    a trained layer norm ended the features: the published linear probe does not standardise them
     flat      a vector of it is all its tokens, not their mean
     variants  {name: slice}: readings of the vector that the linear probe chooses from; kNN takes the first
     notes     what a reader of the numbers must know
@@ -142,7 +142,7 @@ def _latent(address: Address, space: LatentSpace) -> Reader:
     """Without trained weights there are no statistics either: the encoder's own units."""
     if address.random:
         facts = {"weights": digest_of(space)}
-        return Reader(address, lambda batch: tokens_of(space.raw(batch["image"])), facts, normed=True)
+        return Reader(address, lambda batch: tokens_of(space.raw(batch["image"])), facts)
     return Reader(address, lambda batch: tokens_of(standardised(batch, space)), latent_facts(space), "latent")
 
 
@@ -160,14 +160,14 @@ def _encoder(address: Address, space: LatentSpace) -> Reader:
             blocks = space.features(batch["image"], (-1, -2, -3, -4))
             return torch.cat([_cls(found, space) for found in blocks] + [blocks[0].patches.mean(1)], dim=1)
 
-        return Reader(address, read, facts, normed=True, variants=_published)
+        return Reader(address, read, facts, normed=not address.random, variants=_published)
     layers = None if address.block is None else (address.block,)
 
     def read(batch: Batch) -> Tensor:
         found = space.features(batch["image"], layers)
         return pick[address.kind](found if layers is None else found[0])
 
-    return Reader(address, read, facts, normed=True)
+    return Reader(address, read, facts, normed=not address.random)
 
 
 def _published(width: int) -> dict[str, list[slice]]:
