@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from umm.data.base import Question
-from umm.errors import ConfigError, MissingWeights
+from umm.errors import ConfigError, MissingWeights, UmmError
 from umm.heads._answering import PAD
 from umm.heads.llm import IMAGE, LLMHead, Template
 from umm.language import pretrained_tiny, tiny_model, word_tokenizer, wrapped_tokenizer
@@ -109,6 +109,12 @@ def test_a_long_answer_is_cut_and_still_ends():
     head = llama(max_answer=3)
     _, targets = head.examples([Question("?", "yes yes yes yes yes")])
     assert targets.shape == (1, 3) and targets[0, -1] == head.tokenizer.eos_token_id
+
+
+def test_more_tokens_than_the_model_reads_are_refused(gpt_folder, latents):
+    head = gpt(gpt_folder)
+    with pytest.raises(UmmError, match=r"reads 64: raise llm\.merge"):
+        head(latents[:1], **head.inputs(["red " * 80]))
 
 
 @pytest.mark.parametrize("text", ["{question} {answer}", "{image} {answer} {question}", "{image}{question}"])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umm.data.base import Question
-from umm.errors import ConfigError, MissingWeights
+from umm.errors import ConfigError, MissingWeights, UmmError
 from umm.heads._answering import PAD, AnsweringHead, padded, pictures_of
 from umm.language import check_weights, load, tiny_model, word_tokenizer, wrapped_tokenizer
 from umm.latents.base import LatentSpec
@@ -175,6 +175,12 @@ class LLMHead(AnsweringHead):
 
     def embed(self, latents: Tensor, ids: Tensor, pictures: Tensor) -> Tensor:
         """Token ids (Q, L) -> embeddings (Q, L, D): picture tokens at IMAGE, in order; zeros at PAD."""
+        limit = getattr(self.language_model.config, "max_position_embeddings", None) or ids.shape[1]
+        if ids.shape[1] > limit:
+            raise UmmError(
+                f"a picture and its question take {ids.shape[1]} tokens, '{self.settings.model}' reads {limit}: "
+                "raise llm.merge, or shorten llm.template."
+            )
         prefix = self.projector(patchify(latents, self.settings.merge)) + self.places  # (B, N, D)
         embedded = self.language_model.get_input_embeddings()(ids.clamp_min(0))
         embedded = embedded.masked_fill((ids < 0)[..., None], 0.0)
