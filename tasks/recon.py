@@ -151,8 +151,8 @@ class Recon(Task):
         """Originals above their reconstructions, always the same validation pictures."""
         if self.val is None:
             return
-        items = [self.val[i] for i in range(min(self.shown, len(self.val)))]
-        images = to_device(collate([{"image": item["image"]} for item in items])["image"], self.adaptive.device)
+        items = itertools.islice(self.val.stream(), self.shown)
+        images = to_device(collate([pick(item, "image") for item in items])["image"], self.adaptive.device)
         drawn = modules["decoder"].eval()(self.space.raw(images)).clamp(0, 1)
         save_grid(file, [images, drawn], rows=["original", "reconstruction"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -46,11 +47,6 @@ def training_data(config: DictConfig, space: LatentSpace, accelerator: Accelerat
     """The training pictures, or their latent cache where the run has one (made here if need be)."""
     source = open_source(config, "train")
     if config.cache.dir is None:
-        if source.streaming:
-            raise ConfigError(
-                "a streaming data set has no order to resume from: set cache.dir (or cache.dir=auto), so that one "
-                "pass over the stream encodes it, or data.streaming=false."
-            )
         return source
     if config.data.crop != "center":
         raise ConfigError("a latent cache holds centre crops: set data.crop=center, or cache.dir=null.")
@@ -120,12 +116,15 @@ def fit_normalizer(space: LatentSpace, config: DictConfig, data, run: Run, accel
 @torch.no_grad()
 def measure(space: LatentSpace, config: DictConfig, data: DataSource) -> RunningStats:
     """Statistics of the latents of `latent.stats_images` training pictures, in an order that is part of the run."""
-    stats, device = RunningStats(), space.normalizer.mean.device
-    count = min(len(data), config.latent.stats_images)
-    chosen = permutation(len(data), config.seed, "statistics", 0)[:count].tolist()
+    stats, device, batch = RunningStats(), space.normalizer.mean.device, config.latent.encode_batch
+    count = config.latent.stats_images
+    if data.streaming:
+        items = itertools.islice(data.stream(), count)
+    else:
+        count = min(len(data), count)
+        items = (data[i] for i in permutation(len(data), config.seed, "statistics", 0)[:count].tolist())
     with Progress(count, what="statistics") as progress:
-        for start in range(0, count, config.latent.encode_batch):
-            images = collate([{"image": data[i]["image"]} for i in chosen[start : start + config.latent.encode_batch]])
-            stats.update(space.raw(to_device(images["image"], device)))
-            progress.update(min(start + config.latent.encode_batch, count))
+        while chunk := [{"image": item["image"]} for item in itertools.islice(items, batch)]:
+            stats.update(space.raw(to_device(collate(chunk)["image"], device)))
+            progress.advance(len(chunk))
     return stats

@@ -17,8 +17,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from umm import assets
 from umm.errors import ConfigError, MissingWeights, UnknownName, nearest
-from umm.pretrained import load_pretrained
 from umm.layers import at_least_float32
+from umm.pretrained import load_pretrained
 from umm.rng import PictureRNG, seeded_init
 from umm.settings import AdversarialSettings
 

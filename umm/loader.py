@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from umm.data.base import collate
 from umm.rng import generator
@@ -43,12 +44,29 @@ class Feed(Dataset):
         indices = [self.index(position) for position in positions]
         if self.cached:
             return self.data.batch(indices, flips=self.flips(positions) if self.flip else None)
-        draws = [generator(self.seed, self.name, "augment", position) for position in positions]
-        batch = collate([self.data.load(index, draw) for index, draw in zip(indices, draws)])
-        return {key: value for key, value in batch.items() if key in self.keys}
+        return self.pack([self.data.load(index, self.draw(n)) for index, n in zip(indices, positions)])
+
+    def draw(self, position: int) -> torch.Generator:
+        """What the augmentation of a position is drawn from."""
+        return generator(self.seed, self.name, "augment", position)
+
+    def pack(self, items: list[dict]) -> dict:
+        return {key: value for key, value in collate(items).items() if key in self.keys}
 
     def flips(self, positions: list[int]) -> list[bool]:
         return [bool(torch.rand((), generator=generator(self.seed, self.name, "flip", n)) < 0.5) for n in positions]
+
+
+class Stream(IterableDataset):
+    """The batches of `plan` from a streaming source: its own order, picture n at position n."""
+
+    def __init__(self, feed: Feed, plan: list[list[int]], step: int):
+        self.feed, self.plan, self.step = feed, plan, step
+
+    def __iter__(self) -> Iterator[dict]:
+        items = self.feed.data.stream(self.plan[0][0], self.step, self.feed.draw) if self.plan else iter(())
+        for positions in self.plan:
+            yield self.feed.pack(list(itertools.islice(items, len(positions))))
 
 
 @functools.lru_cache(maxsize=4)
@@ -58,28 +76,34 @@ def permutation(length: int, seed: int, name: str, epoch: int) -> torch.Tensor:
 
 
 def positions(step: int, batch_size: int, accumulate: int, process: int, processes: int) -> list[list[int]]:
-    """The positions of each micro-batch of a step on one process.
+    """The positions of each micro-batch of a step on one process: every `processes`-th.
 
     A step takes positions [step * batch_size, (step + 1) * batch_size) whatever the split.
     """
-    each = batch_size // (accumulate * processes)
-    first = step * batch_size
-    starts = [first + (micro * processes + process) * each for micro in range(accumulate)]
-    return [list(range(start, start + each)) for start in starts]
+    each = batch_size // accumulate
+    starts = range(step * batch_size, (step + 1) * batch_size, each)
+    return [list(range(start + process, start + each, processes)) for start in starts]
 
 
-def batches(feed: Feed, plan: list[list[int]], workers: int, device: torch.device) -> Iterator[dict]:
-    """The batches of `plan`, loaded ahead by `workers` processes (0: in this one) and moved to `device`."""
+def batches(feed: Feed, plan: list[list[int]], step: int, workers: int, device: torch.device) -> Iterator[dict]:
+    """The batches of `plan`, loaded ahead by `workers` processes (0: in this one) and moved to `device`.
+
+    Args:
+        step: from one position of this process to its next: the number of processes.
+    """
+    if getattr(feed.data, "streaming", False):
+        data, workers, how = Stream(feed, plan, step), min(workers, 1), {"batch_size": None}
+    else:
+        data, how = feed, {"batch_sampler": plan}
     loader = DataLoader(
-        feed,
-        batch_sampler=plan,
+        data,
         collate_fn=_as_is,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        persistent_workers=False,
         pin_memory=device.type == "cuda",
         # fork would copy the threads' locks of a process that has run torch
         multiprocessing_context="forkserver" if workers else None,
+        **how,
     )
     for batch in loader:
         yield {key: to_device(value, device) for key, value in batch.items()}

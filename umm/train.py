@@ -238,7 +238,7 @@ class Trainer:
         """Batches from the present step on, loaded ahead."""
         feed = Feed(self.data, self.config.seed, task.name, self.config.data.flip, task.keys)
         plan = [part for step in range(self.step, self.steps) for part in self.plan(step)]
-        return batches(feed, plan, self.settings.workers, self.device)
+        return batches(feed, plan, self.accelerator.num_processes, self.settings.workers, self.device)
 
     def every(self, interval: int, steps: bool = False) -> bool:
         """True at the step in which the count of steps or images reaches a multiple of `interval`."""
@@ -299,14 +299,21 @@ class Trainer:
         step = int(self.first_bad)
         if step >= self.steps:
             return
-        feed = Feed(self.data, self.config.seed, self.tasks[0].name)
-        ids = [self.data[feed.index(position)]["id"] for part in self.plan(step) for position in part]
         good = self.run.latest()
         raise NonFinite(
-            f"the loss or a gradient is not finite at step {step} (images {self.images_at(step)}), pictures "
-            f"{', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}. Last good checkpoint: {good or 'none'}. "
+            f"the loss or a gradient is not finite at step {step} (images {self.images_at(step)}), "
+            f"{self.pictures_of(step)}. Last good checkpoint: {good or 'none'}. "
             "Lower the learning rate, set a gradient clip, or look at those pictures."
         )
+
+    def pictures_of(self, step: int, shown: int = 8) -> str:
+        """The first pictures of a step on this process, by id."""
+        if getattr(self.data, "streaming", False):
+            return "in a stream"
+        feed = Feed(self.data, self.config.seed, self.tasks[0].name)
+        numbers = [position for part in self.plan(step) for position in part]
+        ids = [self.data[feed.index(position)]["id"] for position in numbers[:shown]]
+        return f"pictures {', '.join(ids)}{' ...' if len(numbers) > shown else ''}"
 
     def log(self, window: Window, seconds: float, waited: float, progress: Progress) -> None:
         """Means since the last record, and how long the loop waited for its data."""
