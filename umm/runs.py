@@ -30,7 +30,7 @@ from umm.errors import ConfigError, UmmError
 
 # settings that may change when a run goes on: they do not touch its numbers
 MAY_CHANGE = ("run", "train.workers", "train.log_every", "train.sample_every", "train.save_every", "train.keep")
-MAY_CHANGE += ("train.trackers", "train.evaluate_every", "eval.*")
+MAY_CHANGE += ("train.trackers", "train.evaluate_every", "eval.*", "probe.*")
 
 
 class Run:
