@@ -12,7 +12,7 @@ LATENT = [
     "latent.weights=asset:dinov2-small-saliency",
     "latent.image_size=48",
     "latent.encoder_size=84",
-    "latent.layers=[6,7,8,9,10,11]",
+    "latent.layers=[0,1,2,3,4,5,6,7,8,9,10,11]",
 ]
 DATA = ["data.name=shapes", "data.image_size=48", "data.val=256", "data.test=256"]
 DECODER = [
@@ -29,9 +29,9 @@ DECODER = [
     "recon.optim.warmup=2000",
     "recon.ema=0.995",
 ]
-TRAIN = ["cache.dir=auto", "train.batch_size=32", "train.workers=0", "train.log_every=50", "train.device=cpu"]
+TRAIN = ["cache.dir=auto", "train.batch_size=16", "train.workers=0", "train.log_every=50", "train.device=cpu"]
 SPEED = 150  # pictures a second that two cores train on
-EVAL = ["eval.metrics=[psnr,ssim,bands,fd,kid]", "eval.features=[effnet,dinov2:asset:dinov2-small-saliency]"]
+EVAL = ["eval.metrics=[psnr,ssim,bands,fd,kid]", "eval.features=[effnet,wavelet]"]
 
 
 def run_demo(out: str, minutes: float, scenes: int) -> None:
@@ -44,7 +44,7 @@ def run_demo(out: str, minutes: float, scenes: int) -> None:
     for name, path in pull("dinov2-small-saliency", "efficientnet-lite0").items():
         print(f"   {name}: {path}")
     say(f"2. Reconstruction: a decoder learns to draw what a frozen DINOv2 has seen of {scenes} scenes")
-    images = max(int(60 * minutes * SPEED) // 32, 8) * 32
+    images = max(int(60 * minutes * SPEED) // 16, 16) * 16
     settings = [f"run={folder / 'recon'}", *LATENT, *DATA, f"data.train={scenes}", *DECODER, *TRAIN]
     settings += EVAL
     settings += [f"train.images={images}", f"train.sample_every={images // 4}", f"train.save_every={images // 4}"]
