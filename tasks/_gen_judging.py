@@ -101,7 +101,7 @@ class Exam:
         for store in judges.stores.values():
             store.keep_rows = True  # probe and nearest neighbours read them
         if not self.model.can_decode:
-            judges.notes.append("no pictures were judged: the model has no decoder; train with gen.decoder=<recon run>.")
+            judges.notes.append("no pictures were judged: the model has no decoder, train with gen.decoder=<run>.")
         self.space = LatentFeatures(self.model)
         judges.stores["latents"] = FeatureStore(self.space)
         return judges
@@ -176,7 +176,7 @@ class Exam:
         return records
 
     def class_agreement(self) -> Records:
-        """Share of samples that a probe of real features takes for the class asked for, and its accuracy on real ones."""
+        """Share of samples that a probe of real features takes for the class asked for; its accuracy on real ones."""
         records, classes = Records(), self.drawer.dit.num_classes
         for space, store in self.with_training().items() if classes else ():
             probe = RidgeProbe(store.rows("train"), self.labels_of(store, "train"), classes)
