@@ -15,8 +15,8 @@ from PIL import Image
 
 # photograph -> split; grey scans, text and synthetic pictures are left out
 PHOTOGRAPHS = {
-    "train": ["astronaut", "coffee", "hubble_deep_field", "ihc", "motorcycle_left", "retina", "brick", "grass", "gravel",
-              "moon", "coins", "china"],
+    "train": ["astronaut", "coffee", "hubble_deep_field", "ihc", "motorcycle_left", "retina", "brick", "grass",
+              "gravel", "moon", "coins", "china"],
     "val": ["chelsea", "camera"],
     "test": ["rocket", "flower"],
 }  # fmt: skip

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import umm
+from umm.layers import tokens_of
 
 SIZE, ENCODER_SIZE, PATCH, FIT, JUDGE = 48, 84, 8, 1000, 200
 CHOICES = [[11], [6, 7, 8, 9, 10, 11], [1, 3, 5, 7, 9, 11], list(range(12)), [0, 1, 2, 3, 4, 5]]
@@ -39,7 +40,7 @@ def main() -> None:
     for blocks in CHOICES:
         settings.layers = blocks
         encoder = space.from_config(settings)
-        z = torch.cat([encoder.raw(part).flatten(2).transpose(1, 2) for part in images.split(100)]).double()  # (B, N, C)
+        z = torch.cat([tokens_of(encoder.raw(part)) for part in images.split(100)]).double()  # (B, N, C)
         print(f"blocks {blocks}: {ridge_psnr(z, pixels):.2f} dB", flush=True)
 
 
