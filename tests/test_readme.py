@@ -16,9 +16,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 # what makes a documented command small enough for a test; everything else stays as it is written
+SCENES = "data.train=96 data.val=32 data.test=32".split()
 SMALL = {
-    "train": "data.train=96 data.val=32 data.test=32 train.images=256 train.batch_size=32 train.log_every=2".split(),
-    "eval": "eval.bootstrap=20 eval.metrics=[psnr,ssim] data.train=32".split(),
+    "train": [*SCENES, *"train.images=256 train.batch_size=32 train.log_every=2".split()],
+    "eval": "eval.bootstrap=20 eval.images=32 eval.batch_size=32".split(),
+    "sample": ["--steps", "4"],
+    "classify": [*SCENES, "probe.steps=20"],
 }
 
 
@@ -30,7 +33,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("umm")]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.mark.slow
@@ -42,10 +45,11 @@ def test_every_command_of_the_readme_does_what_it_says(tmp_path):
     make = "import skimage.data, PIL.Image as I; I.fromarray(skimage.data.astronaut()).save('pictures/a.png')"
     run(tmp_path, [sys.executable, "-c", make])
     done = [run(tmp_path, shorten(command)) for command in commands()]
-    assert len(done) >= 6
+    assert len(done) >= 12
     folder = tmp_path / "runs" / "shapes"
     assert (folder / "model" / "decoder.safetensors").exists() and (folder / "eval" / "test.json").exists()
     assert (tmp_path / "side_by_side.png").stat().st_size > 1000 and (tmp_path / "mine.yaml").exists()
+    assert (tmp_path / "samples.png").stat().st_size > 1000
     for block in blocks("python"):
         check = "\nassert latents.shape == (1, 384, 6, 6) and pictures.shape == (1, 3, 48, 48)"
         run(tmp_path, [sys.executable, "-c", block + check])
@@ -54,11 +58,11 @@ def test_every_command_of_the_readme_does_what_it_says(tmp_path):
 def shorten(command: list[str]) -> list[str]:
     """The command with the settings of SMALL, run by this Python."""
     where = command.index(">") if ">" in command else len(command)
-    small = SMALL.get(command[1], []) if "--dry-run" not in command else []
-    words = [*command[1:where], *small]
-    if where < len(command):
-        return ["sh", "-c", shlex.join([sys.executable, "-m", "umm", *words]) + f" > {command[where + 1]}"]
-    return [sys.executable, "-m", "umm", *words]
+    words = command[3:where] if command[0] == "python" else command[1:where]
+    module = command[2] if command[0] == "python" else "umm"
+    small = SMALL.get(words[0], []) if "--dry-run" not in command else []
+    short = [sys.executable, "-m", module, *words, *small]
+    return ["sh", "-c", f"{shlex.join(short)} > {command[where + 1]}"] if where < len(command) else short
 
 
 def run(folder: Path, command: list[str]) -> str:
