@@ -32,6 +32,12 @@ from umm.errors import ConfigError, UmmError, UnknownName
         ("recon.noise=null", r"'recon.noise' .* must be float, got None"),
         ("nonsense", r"'nonsense' is not an override: write key=value"),
         ("task=gen", r"is for task 'gen', not 'recon'"),
+        ("train.batch_size=0", r"'train.batch_size' \(command line\) must be at least 1, got 0"),
+        ("train.images=-5", r"must be at least 1, got -5"),
+        ("recon.optim.lr=-1", r"must be at least 0, got -1"),
+        ("recon.adversarial.optim.betas=[0.9,2]", r"betas' \(command line\) must be from 0 to 0.999999, got 2"),
+        ("recon.ema=2", r"'recon.ema' .* must be from 0 to 1"),
+        ("train.images=${nope}", r"'train.images' cannot be resolved: .*nope"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_with_its_source(override, message):
@@ -45,6 +51,16 @@ def test_an_unknown_choice_names_the_nearest_and_all():
         load("recon", None, ["latent.name=dinov"])
     with pytest.raises(UnknownName, match=r"Did you mean 'shapes'"):
         load("recon", None, ["data.name=shape"])
+
+
+def test_an_unknown_metric_is_an_error_before_the_training():
+    with pytest.raises(UnknownName, match=r"eval.metrics \(command line\): .* 'psrn'. Did you mean 'psnr'"):
+        load("recon", None, ["eval.metrics=[ssim,psrn]"])
+
+
+def test_interpolations_are_resolved_so_that_a_run_can_go_on():
+    config = load("recon", None, ["data.image_size=96", "latent.image_size=${data.image_size}"])
+    assert first_difference(OmegaConf.create(to_yaml(config)), config) is None
 
 
 def test_an_error_in_a_file_names_the_file(tmp_path):

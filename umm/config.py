@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,31 @@ TASKS = {
     "und": {"und": schemas.UndSettings, "probe": schemas.ProbeSettings},
 }
 COMMON = {"cache": schemas.CacheSettings, "train": schemas.TrainSettings, "eval": schemas.EvalSettings}
+# settings by pattern -> least and greatest value, None: no limit
+BOUNDS = {
+    "data.image_size": (1, None),
+    "data.limit": (1, None),
+    "latent.image_size": (1, None),
+    "latent.stats_images": (1, None),
+    "latent.encode_batch": (1, None),
+    "cache.shard_size": (1, None),
+    "train.images": (1, None),
+    "train.batch_size": (1, None),
+    "train.accumulate": (1, None),
+    "train.workers": (0, None),
+    "train.keep": (1, None),
+    "eval.images": (1, None),
+    "eval.batch_size": (1, None),
+    "eval.bootstrap": (1, None),
+    "eval.neighbors": (1, None),
+    "recon.noise": (0, None),
+    "*.ema": (0, 1),
+    "*.optim.lr": (0, None),
+    "*.optim.final_lr": (0, None),
+    "*.optim.betas": (0, 0.999999),
+    "*.optim.warmup": (0, None),
+    "*.optim.constant": (0, None),
+}
 
 
 def choice_settings(section: str, name: str) -> type:
@@ -56,43 +82,80 @@ def load(task: str, file: str | Path | None = None, overrides: Sequence[str] = (
     """The resolved configuration of a run.
 
     Args:
-        task: recon, gen, und or joint.
+        task: recon, gen or und.
         file: YAML that differs from the defaults.
         overrides: `key.sub=value`, the last word.
 
     Raises:
         ConfigError: unknown or ill-typed setting, with its source and the nearest valid name.
     """
+    layers = [(str(file), read_yaml(file))] if file else []
+    return combine(task, [*layers, *(("command line", parse_override(text)) for text in overrides)])
+
+
+def combine(task: str, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
+    """The defaults of a task under (source, settings) layers, the last one on top; interpolations are resolved.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     if task not in TASKS:
         raise ConfigError(f"no task is called '{task}'.{nearest(task, TASKS)} There are: {', '.join(TASKS)}.")
-    layers = [(str(file), read_yaml(file))] if file else []
-    layers += [("command line", parse_override(text)) for text in overrides]
     for source, layer in layers:
         if layer.get("task", task) != task:
             raise ConfigError(f"{source} is for task '{layer['task']}', not '{task}': use --task {layer['task']}.")
     config = schema(task, layers)
     for source, layer in layers:
         config = merge(config, layer, source)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"'{error.full_key}' cannot be resolved: {str(error).splitlines()[0]}.") from error
+    for source, layer in layers:
+        check_values(config, layer, source)
     return config
+
+
+def check_values(config: DictConfig, layer: DictConfig, source: str) -> None:
+    """Refuse numbers out of `BOUNDS` and unknown metrics before a run takes hours to come upon them."""
+    for key, _ in flatten(layer):
+        value = OmegaConf.select(config, key)
+        low, high = next((BOUNDS[p] for p in BOUNDS if fnmatch.fnmatch(key, p)), (None, None))
+        for number in value if OmegaConf.is_config(value) else [value]:
+            if isinstance(number, int | float) and low is not None and not low <= number <= (high or math.inf):
+                limits = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"'{key}' ({source}) must be {limits}, got {number}.")
+        if key == "eval.metrics":
+            known = names("metrics")
+            for name in value:
+                if "." not in name and name not in known:
+                    hint = f"{nearest(name, known)} There are: {', '.join(known)}."
+                    raise UnknownName(f"eval.metrics ({source}): no metric is called '{name}'.{hint}")
 
 
 def schema(task: str, layers: Sequence[tuple[str, DictConfig]] = ()) -> DictConfig:
     """All sections of a task with their defaults; choices are those the layers name."""
     sections: dict[str, Any] = {}
     for section, (_, _, default) in CHOICES.items():
-        name = default
-        for source, layer in layers:
-            given = layer.get(section)
-            if isinstance(given, str):
-                raise ConfigError(f"'{section}' ({source}) is a section, not a value: write {section}.name={given}.")
-            if given is not None and "name" in given:
-                name = str(given["name"])
+        name = chosen(section, layers) or default
         sections[section] = choice_settings(section, name)(name=name)
     sections |= {name: cls() for name, cls in {**COMMON, **TASKS[task]}.items()}
     values = {"task": task, "seed": 0, "run": f"runs/{task}", **sections}
     # the top level is a dataclass too, so that unknown sections are errors
     fields = [(key, type(value), dataclasses.field(default_factory=lambda v=value: v)) for key, value in values.items()]
     return OmegaConf.structured(dataclasses.make_dataclass("Run", fields))
+
+
+def chosen(section: str, layers: Sequence[tuple[str, DictConfig]]) -> str | None:
+    """The last `<section>.name` of the layers."""
+    name = None
+    for source, layer in layers:
+        given = layer.get(section)
+        if isinstance(given, str):
+            raise ConfigError(f"'{section}' ({source}) is a section, not a value: write {section}.name={given}.")
+        if isinstance(given, DictConfig) and "name" in given:
+            name = str(given["name"])
+    return name
 
 
 def merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
