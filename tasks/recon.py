@@ -19,7 +19,7 @@ from umm import losses
 from umm.build import open_source, settings_of
 from umm.data.base import DataSource, collate
 from umm.discriminator import Discriminator, diff_augment, quantize
-from umm.errors import DataError
+from umm.errors import ConfigError, DataError
 from umm.heads.decoder import Decoder
 from umm.judging import Judges, Records, share_of
 from umm.latents.base import LatentSpace
@@ -44,6 +44,11 @@ class Recon(Task):
         device = space.normalizer.mean.device
         with seeded_init(self.seed, self.name, "decoder"):
             self.decoder = Decoder.from_config(self.settings.decoder, space.spec)
+        if self.decoder.output_size != (config.data.image_size, config.data.image_size):
+            raise ConfigError(
+                f"recon.decoder.output_size={self.settings.decoder.output_size} is not the size of the pictures it "
+                f"learns from, data.image_size={config.data.image_size}: leave it out."
+            )
         self.perceptual = losses.build_perceptual(self.settings.perceptual, space.features, space.families)
         if self.perceptual is not None:
             self.perceptual.to(device)

@@ -76,3 +76,11 @@ def test_missing_weights_offline_say_what_to_do(tmp_path):
     done = umm("train", "--task", "recon", f"run={tmp_path / 'run'}", "data.image_size=256")
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert "latent.weights" in done.stderr
+
+
+def test_a_damaged_run_folder_is_one_sentence(tmp_path):
+    for text in ("", "a: [1", "train: {images: 3}"):
+        (tmp_path / "config.yaml").write_text(text)
+        result = CliRunner().invoke(cli, ["eval", str(tmp_path)])
+        assert result.exit_code == 2 and "config.yaml cannot be read" in result.output
+        assert len(result.output.splitlines()) == 1

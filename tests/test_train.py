@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(fake_overrides, mon
 
     monkeypatch.setattr(module, "save_file", full)
     config = load("recon", None, fake_overrides)
-    with pytest.raises(UmmError, match=r"No space left on device.*Earlier checkpoints are untouched"):
+    with pytest.raises(UmmError, match=r"No space left on device.*What was saved before is untouched"):
         train(config)
     run = Run(config.run)
     assert run.latest().name == "00000004"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
 from umm import assets, cache
+from umm.config import first_difference
 from umm.data.base import DataSource, collate
-from umm.errors import ConfigError
+from umm.errors import ConfigError, DataError
 from umm.latents.base import LatentSpace, RunningStats
-from umm.loader import permutation, to_device
+from umm.loader import from_workers, permutation, to_device
 from umm.progress import Progress
 from umm.registry import find
-from umm.runs import Run
+from umm.runs import Run, reading, writing
 
 
 def settings_of(section: DictConfig):
@@ -55,6 +57,23 @@ def training_data(config: DictConfig, space: LatentSpace, accelerator: Accelerat
     return open_cache(config, space, source, accelerator)
 
 
+def check_data(run: Run, data: DataSource | cache.LatentCache) -> None:
+    """Note the pictures a run begins with; going on with others would be neither this run nor another.
+
+    Raises:
+        DataError: the pictures are not those the run began with; names the first difference.
+    """
+    found = json.loads(json.dumps(data.identity()))
+    before = run.facts.get("data")
+    if before is None:
+        run.note(data=found)
+    elif difference := first_difference(OmegaConf.create(before), OmegaConf.create(found), ignore=()):
+        raise DataError(
+            f"the training pictures are not those {run.folder} began with ({difference}): give them back, or start "
+            "again with run=<another folder>."
+        )
+
+
 def cache_folder(config: DictConfig, space: LatentSpace, source: DataSource) -> Path:
     """`<cache.dir>/<split>`; `auto` is a folder of UMM_CACHE named by everything that fixes the latents."""
     if config.cache.dir != "auto":
@@ -67,7 +86,8 @@ def open_cache(config: DictConfig, space: LatentSpace, source: DataSource, accel
     """The latent cache of a source; its missing part is encoded first, shared by all processes."""
     settings, folder = settings_of(config.cache), cache_folder(config, space, source)
     total = None if source.streaming else len(source)
-    with Progress(total, enabled=accelerator.is_main_process, what=f"encoding {source.split}") as progress:
+    enabled, what = accelerator.is_main_process, f"encoding {source.split}"
+    with Progress(total, enabled=enabled, what=what) as progress, from_workers():
         cache.build(
             source,
             space,
@@ -109,8 +129,13 @@ def fit_normalizer(space: LatentSpace, config: DictConfig, data, run: Run, accel
     file = run.folder / "stats.safetensors"
     with accelerator.main_process_first():
         if not file.exists():
-            save_file(measure(space, config, data).state_dict(), file)
-    space.normalizer.fit(RunningStats.from_state(load_file(file)))
+            partial = file.with_name(f".{file.name}.partial")  # a kill leaves no half a file under the name
+            with writing(run.folder, file.name, cleanup=partial):
+                save_file(measure(space, config, data).state_dict(), partial)
+                partial.replace(file)
+    with reading(file, "delete it and give the same command again"):
+        stats = RunningStats.from_state(load_file(file))
+    space.normalizer.fit(stats)
 
 
 @torch.no_grad()
@@ -122,6 +147,8 @@ def measure(space: LatentSpace, config: DictConfig, data: DataSource) -> Running
         items = itertools.islice(data.stream(), count)
     else:
         count = min(len(data), count)
+        if count == 0:
+            raise DataError("the train split has no pictures to measure latent statistics on.")
         items = (data[i] for i in permutation(len(data), config.seed, "statistics", 0)[:count].tolist())
     with Progress(count, what="statistics") as progress:
         while chunk := [{"image": item["image"]} for item in itertools.islice(items, batch)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from umm.data.base import collate
+from umm.errors import UmmError
 from umm.rng import generator
 
 
@@ -105,8 +107,19 @@ def batches(feed: Feed, plan: list[list[int]], step: int, workers: int, device: 
         multiprocessing_context="forkserver" if workers else None,
         **how,
     )
-    for batch in loader:
-        yield {key: to_device(value, device) for key, value in batch.items()}
+    with from_workers():
+        for batch in loader:
+            yield {key: to_device(value, device) for key, value in batch.items()}
+
+
+@contextlib.contextmanager
+def from_workers() -> Iterator[None]:
+    """A loader process's user error as the sentence it was: torch puts the trace of the process in front of it."""
+    try:
+        yield
+    except UmmError as error:
+        sentence = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+        raise type(error)(sentence) from error
 
 
 def to_device(value, device: torch.device):

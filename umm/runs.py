@@ -1,7 +1,7 @@
 """The run folder: what a run is, what it said, and where it can go on from.
 
-    config.yaml       complete: umm train --config runs/x/config.yaml repeats the run
-    run.json          command, commit, versions, device, seed, config hash, times, images/s
+    config.yaml       complete: umm train --task T --config runs/x/config.yaml run=runs/y repeats the run
+    run.json          command, commit, versions, machine, seed, config hash, times
     log.jsonl         one object per logged step          metrics.jsonl   one object per measured number
     items/*.parquet   values per picture                  samples/*.png   pictures
     checkpoints/<step>/{model,ema}.safetensors, state.pt  checkpoints/latest names the newest, written last
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +32,7 @@ from umm.errors import ConfigError, UmmError
 # settings that may change when a run goes on: they do not touch its numbers
 MAY_CHANGE = ("run", "train.workers", "train.log_every", "train.sample_every", "train.save_every", "train.keep")
 MAY_CHANGE += ("train.trackers", "train.evaluate_every", "eval.*", "probe.*")
+LOCKED: dict[Path, IO] = {}  # run folders of this process; closing a file would give its lock back
 
 
 class Run:
@@ -41,14 +43,16 @@ class Run:
 
     @classmethod
     def create(cls, config: DictConfig, argv: list[str] | None = None) -> Run:
-        """Open the folder `config.run`, or go on with an equal run in it.
+        """Open the folder `config.run` for this process alone, or go on with an equal run in it.
 
         Raises:
             ConfigError: another configuration was run there; names the first setting that differs.
+            UmmError: another process trains there.
         """
         run = cls(str(config.run))
         with writing(run.folder, "the run folder"):
             (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock(run.folder)
         if run.config_file.exists():
             run.check_same(config)
             run.note(resumed=now())
@@ -65,7 +69,11 @@ class Run:
     def config(self) -> DictConfig:
         if not self.config_file.exists():
             raise UmmError(f"{self.folder} is not a run: it has no config.yaml. Runs are made by umm train.")
-        return OmegaConf.load(self.config_file)
+        with reading(self.config_file, "give back the file, or train into another folder"):
+            config = OmegaConf.load(self.config_file)
+            if "task" not in config:
+                raise UmmError("no task is named in it")
+        return config
 
     def check_same(self, config: DictConfig) -> None:
         difference = first_difference(self.config, config, ignore=MAY_CHANGE)
@@ -76,14 +84,13 @@ class Run:
 
     def note(self, **facts: object) -> None:
         """Add facts to run.json."""
-        file = self.folder / "run.json"
-        old = json.loads(file.read_text()) if file.exists() else {}
-        write_atomic(file, json.dumps(old | facts, indent=1, default=str))
+        write_atomic(self.folder / "run.json", json.dumps(self.facts | facts, indent=1, default=str))
 
     @property
     def facts(self) -> dict:
         file = self.folder / "run.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        with reading(file, "delete it: only where the run comes from is lost with it"):
+            return json.loads(file.read_text()) if file.exists() else {}
 
     def log(self, record: dict, file: str = "log.jsonl") -> None:
         """Append one object."""
@@ -100,21 +107,26 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop what an interrupted run logged after its last checkpoint: those steps are taken again."""
-        kept = [record for record in self.read_log() if record["step"] <= step]
+        kept = [record for record in self.read_log() if record.get("step", 0) <= step]
         if (self.folder / "log.jsonl").exists():
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        pointer = self.folder / "checkpoints" / "latest"
+        """The checkpoint that `latest` names; where there is no such file, the newest one."""
+        pointer, done = self.folder / "checkpoints" / "latest", self.checkpoints()
         if not pointer.exists():
-            return None
-        folder = pointer.parent / pointer.read_text().strip()
-        if not folder.is_dir():
-            raise UmmError(f"{pointer} names {folder.name}, which is missing: write another folder's name into it.")
-        return folder
+            return done[-1] if done else None
+        name = pointer.read_text().strip()
+        if name not in [folder.name for folder in done]:
+            others = f"write one of {', '.join(folder.name for folder in done)} into it, or " if done else ""
+            raise UmmError(f"{pointer} names checkpoint '{name}', which is missing: {others}start in another folder.")
+        return pointer.parent / name
+
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(folder for folder in (self.folder / "checkpoints").glob("*") if folder.name.isdigit())
 
     def save(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Call `write(folder)` for a temporary folder, then make it checkpoint `step` in one rename."""
@@ -130,14 +142,37 @@ class Run:
             partial.rename(final)
             sync(final.parent)
             write_atomic(final.parent / "latest", final.name)
-        self.prune(keep)
+        self.prune(step, keep)
         return final
 
-    def prune(self, keep: int) -> None:
-        """Keep the newest `keep` checkpoints."""
-        done = sorted(folder for folder in (self.folder / "checkpoints").iterdir() if folder.name.isdigit())
-        for old in done[: -max(keep, 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+    def prune(self, step: int, keep: int) -> None:
+        """Keep the newest `keep` checkpoints up to `step`; later ones are of a run that was taken back."""
+        done = self.checkpoints()
+        past = [folder for folder in done if int(folder.name) <= step]
+        for folder in set(done) - set(past[-keep:]):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a run folder until this one ends, however it ends.
+
+    Raises:
+        UmmError: another process is in it.
+    """
+    import fcntl
+
+    if folder.resolve() in LOCKED:
+        return
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UmmError(f"another process is training in {folder}: let it end, or give run=<another folder>.") from error
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    LOCKED[folder.resolve()] = file
 
 
 @contextlib.contextmanager
@@ -151,9 +186,19 @@ def writing(folder: Path, what: str, cleanup: Path | None = None) -> Iterator[No
         if cleanup is not None:
             shutil.rmtree(cleanup, ignore_errors=True)
         raise UmmError(
-            f"cannot write {what} in {folder}: {getattr(error, 'strerror', None) or error}. Earlier checkpoints are "
-            "untouched; make room or choose another folder with run=..., then give the same command again."
+            f"cannot write {what} in {folder}: {getattr(error, 'strerror', None) or error}. What was saved before is "
+            "untouched: make room or choose another place, then give the same command again."
         ) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Turn a damaged or missing file into one sentence that ends in what to do."""
+    try:
+        yield
+    except Exception as error:  # every format has exceptions of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UmmError(f"{path} cannot be read ({reason}): {remedy}.") from error
 
 
 def sync(path: Path) -> None:
