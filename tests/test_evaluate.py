@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fakes.launching import launch
 
 import umm
 from umm.config import load
-from umm.errors import UmmError
+from umm.errors import ConfigError, DataError, UmmError
 from umm.evaluate import evaluate_run, reconstruct_files
 from umm.train import train
 from umm.transforms import to_pil
@@ -90,6 +91,8 @@ def test_missing_weights_are_said_and_do_not_stop_the_rest(run, monkeypatch, tmp
 def test_evaluation_cannot_change_what_was_trained(run):
     with pytest.raises(UmmError, match="would change what"):
         evaluate_run(str(run), ["recon.noise=1"])
+    with pytest.raises(UmmError, match="would change what"):
+        evaluate_run(str(run), ["train.images=3"])
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
@@ -103,6 +106,36 @@ def test_reconstruct_draws_any_picture_beside_its_reconstruction(run, tmp_path):
     (tmp_path / "note.txt").write_text("not a picture")
     text = reconstruct_files(str(run), [str(tmp_path)], str(tmp_path / "out" / "grid.png"))
     assert text.count("psnr") == 3 and (tmp_path / "out" / "grid.png").stat().st_size > 1000
+
+
+def test_an_unreadable_picture_of_a_folder_is_left_out_and_one_that_was_named_is_an_error(run, tmp_path):
+    to_pil(torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0))).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    out = str(tmp_path / "grid")
+    text = reconstruct_files(str(run), [str(tmp_path), str(tmp_path / "good.png")], out)
+    assert text.count("psnr") == 1 and re.search(r"note: left out: .*bad.png cannot be read", text)
+    with pytest.raises(DataError, match=r"bad.png cannot be read"):
+        reconstruct_files(str(run), [str(tmp_path / "bad.png")], out)
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(DataError, match=r"holds no readable picture. left out: .*bad.png"):
+        reconstruct_files(str(run), [str(tmp_path)], out)
+
+
+def test_a_run_is_judged_on_another_data_set(run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(40):
+        picture = to_pil(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)))
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+    other = ["data.name=folder", f"data.root={tmp_path / 'pictures'}", "data.holdout=0.3", "eval.metrics=[psnr]"]
+    shutil.copytree(run, tmp_path / "run")
+    evaluate_run(str(tmp_path / "run"), [*other, "eval.bootstrap=20"])
+    ids = pq.read_table(tmp_path / "run" / "items" / "val.parquet")["id"].to_pylist()
+    assert ids and all(picture.endswith(".png") for picture in ids)
+
+
+def test_set_metrics_without_a_feature_space_are_an_error(run):
+    with pytest.raises(ConfigError, match=r"fd compare features: .*eval.features="):
+        evaluate_run(str(run), ["eval.metrics=[psnr,fd]", "eval.features=[]"])
 
 
 def test_a_model_with_other_encoder_weights_is_refused(run, tmp_path):
