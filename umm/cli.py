@@ -47,8 +47,8 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Folder for everything it makes.")
-@click.option("--minutes", default=5.0, show_default=True, help="Training time to aim at.")
-@click.option("--scenes", default=4000, show_default=True, help="Scenes to train on.")
+@click.option("--minutes", default=5.0, type=click.FloatRange(0), show_default=True, help="Training time to aim at.")
+@click.option("--scenes", default=4000, type=click.IntRange(1), show_default=True, help="Scenes to train on.")
 def demo(out: str, minutes: float, scenes: int) -> None:
     """Train and judge everything in miniature, offline, on a CPU.
 

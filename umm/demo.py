@@ -50,7 +50,8 @@ def run_demo(out: str, minutes: float, scenes: int) -> None:
     settings += [f"train.images={images}", f"train.sample_every={images // 4}", f"train.save_every={images // 4}"]
     train(load("recon", None, settings))
     losses = [record["recon.decoder.l1"] for record in Run(folder / "recon").read_log()]
-    print(f"   L1 fell from {losses[0]:.3f} to {losses[-1]:.3f}")
+    if len(losses) > 1:
+        print(f"   L1 fell from {losses[0]:.3f} to {losses[-1]:.3f}")
     say("3. Judged on 256 scenes it has never seen")
     print(evaluate_run(str(folder / "recon"), ["eval.split=test"]))
     say("Look at")
