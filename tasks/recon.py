@@ -208,6 +208,7 @@ class Recon(Task):
                 judge.gather(accelerator)
             found = judge.records(model.facts.get("trained_with", {}), config.seed)
             if judge is not judges:
+                found.notes = []  # they speak of pairs, and a baseline has none
                 found.numbers = [row | {"metric": f"{row['metric']} of {name}"} for row in found.numbers]
                 found.items = {f"{metric} of {name}": values for metric, values in found.items.items()}
             records.add(found)
