@@ -192,6 +192,8 @@ class Recon(Task):
         if total == 0:
             raise DataError(f"the {settings.split} split has no pictures: choose another with eval.split.")
         judges = Judges(settings, accelerator.device)
+        if judges.sets and not settings.features:
+            raise ConfigError(f"{', '.join(judges.sets)} compare features: name a space, e.g. eval.features=[effnet].")
         drawers = {"reconstruction": (model.reconstruct, judges)}
         if settings.baselines:
             drawers |= baselines(model, config, accelerator.device)

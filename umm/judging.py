@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from umm.errors import ConfigError, MissingWeights
+from umm.errors import MissingWeights
 from umm.metrics._conflict import MARK, conflicts
 from umm.metrics._features import open_space
 from umm.metrics._store import FeatureStore
@@ -64,8 +64,6 @@ class Judges:
             metric = self.try_to(find("metrics", name).from_settings, settings, device)
             if metric is not None:
                 (self.paired if metric.paired else self.sets)[name] = metric
-        if self.sets and not settings.features:
-            raise ConfigError(f"{', '.join(self.sets)} compare features: name a space, e.g. eval.features=[effnet].")
         keep_rows = any(metric.needs_rows for metric in self.sets.values())
         spaces = {name: self.try_to(open_space, name, device) for name in (settings.features if self.sets else [])}
         self.stores = {name: FeatureStore(space, keep_rows) for name, space in spaces.items() if space is not None}

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import IO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,7 +31,7 @@ from umm.errors import ConfigError, UmmError
 # settings that may change when a run goes on: they do not touch its numbers
 MAY_CHANGE = ("run", "train.workers", "train.log_every", "train.sample_every", "train.save_every", "train.keep")
 MAY_CHANGE += ("train.trackers", "train.evaluate_every", "eval.*", "probe.*")
-LOCKED: dict[Path, IO] = {}  # run folders of this process; closing a file would give its lock back
+LOCKED: set[Path] = set()  # run folders of this process; its lock files stay open, as closing one gives the lock back
 
 
 class Run:
@@ -163,16 +162,16 @@ def lock(folder: Path) -> None:
 
     if folder.resolve() in LOCKED:
         return
-    file = (folder / ".lock").open("a")
+    file = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        file.close()
+        os.close(file)
         raise UmmError(f"another process is training in {folder}: let it end, or give run=<another folder>.") from error
     except OSError:  # a file system without locks
-        file.close()
+        os.close(file)
         return
-    LOCKED[folder.resolve()] = file
+    LOCKED.add(folder.resolve())
 
 
 @contextlib.contextmanager
