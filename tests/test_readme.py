@@ -91,7 +91,7 @@ def test_the_folders_of_the_tree_exist():
 @pytest.mark.slow
 def test_the_demo_tells_its_story(tmp_path):
     """The whole of it, with two seconds of training: what the README's first command runs after installing."""
-    output = run(tmp_path, [sys.executable, "-m", "umm", "demo", "--minutes", "0.1", "--scenes", "128"])
+    output = run(tmp_path, [sys.executable, "-m", "umm", "demo", "--minutes", "0.2", "--scenes", "128"])
     fell = re.search(r"L1 fell from ([\d.]+) to ([\d.]+)", output)
     assert fell and float(fell[2]) < float(fell[1])
     assert "psnr of the mean picture" in output

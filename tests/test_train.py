@@ -18,6 +18,7 @@ from fakes.launching import environment, launch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
+import umm
 from umm.config import load
 from umm.errors import ConfigError, NonFinite, UmmError
 from umm.loader import Feed, positions
@@ -338,3 +339,32 @@ def test_the_run_says_where_its_numbers_come_from(fake_overrides):
     facts = json.loads((run.folder / "run.json").read_text())
     assert {"command", "config_hash", "seed", "commit", "versions", "host", "created", "finished"} <= facts.keys()
     assert all(0 <= record["data_wait"] <= 1 for record in run.read_log())
+
+
+def test_going_on_with_other_pictures_is_refused(fake_overrides, monkeypatch):
+    """A folder that lost pictures between two commands would silently train something that is neither run."""
+    run_of(fake_overrides)
+    source = find("data", "fakes.pictures")
+    monkeypatch.setattr(source, "identity", lambda self: {"data": "ramps", "count": 36})
+    with pytest.raises(UmmError, match=r"not those .* began with .*run="):
+        run_of(fake_overrides)
+
+
+def test_a_damaged_checkpoint_is_one_sentence_that_says_what_to_do(fake_overrides):
+    run = run_of(fake_overrides)
+    (run.latest() / "state.pt").write_bytes(b"cut")
+    with pytest.raises(UmmError, match=r"cannot be read .*: write the name of an earlier checkpoint"):
+        run_of(fake_overrides)
+
+
+def test_a_damaged_model_is_one_sentence(fake_overrides):
+    run = run_of(fake_overrides)
+    (run.folder / "model" / "decoder.safetensors").write_bytes(b"cut")
+    with pytest.raises(UmmError, match=r"decoder.safetensors cannot be read .*train command"):
+        umm.load(run.folder)
+
+
+def test_a_tracker_that_is_not_installed_is_named(fake_overrides, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        run_of(fake_overrides, **{"train.trackers": "[wandb]"})

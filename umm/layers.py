@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umm.errors import ConfigError
+
 
 def sincos_2d(dim: int, height: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine positions, (height * width, dim), float32.
@@ -86,7 +88,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, qk_norm: bool = False):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"width {dim} cannot be split into {heads} heads: choose a divisor of it")
+            raise ConfigError(f"width {dim} cannot be split into {heads} heads: choose a divisor of it")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)

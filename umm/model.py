@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from umm.latents.base import LatentSpace, check_images
 from umm.layers import grid_of
 from umm.registry import find
 from umm.rng import generator
-from umm.runs import write_atomic, writing
+from umm.runs import reading, write_atomic, writing
 from umm.sampling import Labels
 from umm.settings import SamplerSettings
 
+AGAIN = "give the umm train command that made it again"
 HOW_TO_TRAIN = {"decoder": "recon", "dit": "gen", "vqa": "und und.kind=vqa"}  # head -> the task that trains it
 
 
@@ -150,14 +152,18 @@ class UnifiedModel(nn.Module):
             config: {"latent": settings, "heads": {name: {"settings": ..., "facts": ...}}}.
         """
         folder = Path(folder)
-        with writing(folder, "the model"):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, head in self.heads.items():
-                save_file(contiguous(head.state_dict()), folder / f"{name}.safetensors")
-            save_file(contiguous(self.space.normalizer.state_dict()), folder / "normalizer.safetensors")
+        partial = folder.with_name(f".{folder.name}.partial")
         described = OmegaConf.merge(config, {"umm": __version__, "facts": self.facts})
         described["identity"] = json.dumps(self.space.identity(), sort_keys=True)
-        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(described))
+        with writing(folder, "the model", cleanup=partial):
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir(parents=True)
+            for name, head in self.heads.items():
+                save_file(contiguous(head.state_dict()), partial / f"{name}.safetensors")
+            save_file(contiguous(self.space.normalizer.state_dict()), partial / "normalizer.safetensors")
+            write_atomic(partial / "config.yaml", OmegaConf.to_yaml(described))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
         return folder
 
     @classmethod
@@ -168,11 +174,12 @@ class UnifiedModel(nn.Module):
             UmmError: no model there, or the encoder's weights are not those it was trained with.
         """
         folder = model_folder(Path(path))
-        config = OmegaConf.load(folder / "config.yaml")
+        config = read_config(folder)
         schema = OmegaConf.structured(choice_settings("latent", config.latent.name))
         space = find("latents", config.latent.name).from_config(OmegaConf.merge(schema, config.latent))
         check_identity(space, json.loads(config.identity), folder)
-        space.normalizer.load_state_dict(load_file(folder / "normalizer.safetensors"))
+        with reading(folder / "normalizer.safetensors", AGAIN):
+            space.normalizer.load_state_dict(load_file(folder / "normalizer.safetensors"))
         heads = {name: build_head(described, space, folder / f"{name}.safetensors")
                  for name, described in config["heads"].items()}  # fmt: skip
         return cls(space, heads, OmegaConf.to_container(config.facts)).to(device)
@@ -188,7 +195,8 @@ def build_head(described: DictConfig, space: LatentSpace, weights: Path) -> nn.M
     head = find("heads", described.settings.name)
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(head.Config), described.settings))
     built = head.from_config(settings, space.spec, **described.get("facts", {}))
-    built.load_state_dict(load_file(weights))
+    with reading(weights, AGAIN):
+        built.load_state_dict(load_file(weights))
     return built.requires_grad_(False).eval()
 
 
@@ -200,7 +208,7 @@ def load_head(path: str | Path, name: str, space: LatentSpace) -> tuple[nn.Modul
         MissingHead: it has no such head.
     """
     folder = model_folder(Path(path))
-    config = OmegaConf.load(folder / "config.yaml")
+    config = read_config(folder)
     if name not in config["heads"]:
         raise MissingHead(f"{folder} has no {name}: it holds {', '.join(config['heads'])}.")
     check_identity(space, json.loads(config.identity), folder)
@@ -212,13 +220,21 @@ def load_head(path: str | Path, name: str, space: LatentSpace) -> tuple[nn.Modul
 def model_folder(path: Path) -> Path:
     """`path` or its model/ sub-folder, whichever holds a model."""
     for folder in (path / "model", path):
-        if (folder / "normalizer.safetensors").exists():
+        if (folder / "normalizer.safetensors").exists() and (folder / "config.yaml").exists():
             return folder
     if not path.exists():
         raise UmmError(f"{path} does not exist: give a run folder, e.g. runs/recon.")
     if (path / "config.yaml").exists():
         raise UmmError(f"{path} has no model yet: its training has not ended. Give its umm train command again.")
     raise UmmError(f"{path} is neither a run nor a model folder.")
+
+
+def read_config(folder: Path) -> DictConfig:
+    """config.yaml of a model folder."""
+    with reading(folder / "config.yaml", AGAIN):
+        config = OmegaConf.load(folder / "config.yaml")
+        config.latent.name, config["heads"], json.loads(config.identity)  # what every model has
+    return config
 
 
 def check_identity(space: LatentSpace, expected: dict, folder: Path) -> None:

@@ -44,7 +44,7 @@ def find(folder: str, name: str) -> type:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise UnknownName(f"no module '{module_name}' can be imported: is it on PYTHONPATH?") from error
         raise
     return the_class(module, base)

@@ -128,7 +128,7 @@ def sample_run(folder: str, request: Request) -> str:
         for arm in group:
             shards = draw(model, run, request, arm, accelerator)
             if accelerator.is_main_process:
-                lines += write(shards, model, request, str(arm))
+                lines += write(shards, model, request, str(arm) if len(arms) > 1 else "")
                 rows += [] if judge is None else [asdict(arm) | judge.distances(shards, model)]
     if rows:
         lines += report(run, rows, judge.notes, Path(request.out))

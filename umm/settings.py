@@ -423,7 +423,7 @@ class TrainSettings:
     workers: int = 4  # loader processes of each training process; 0: load in the training process
     log_every: int = 50  # steps
     sample_every: int = IMAGENET  # images between picture grids
-    evaluate_every: int = 0  # images between evaluations on val; 0: only at the end
+    evaluate_every: int = 0  # images between evaluations on val while training; 0: none
     save_every: int = IMAGENET // 4  # images between checkpoints
     keep: int = 2  # newest checkpoints kept
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # log.jsonl always

@@ -69,7 +69,8 @@ def _bca_tails(x: np.ndarray, mean: float, means: np.ndarray, tails: np.ndarray)
     if spread <= (1e-12 * abs(mean)) ** 2 * len(x):  # all values equal: nothing to correct
         return tails
     acceleration = float((deviations**3).sum()) / (6 * spread**1.5)
-    below = (np.sum(means < mean) + 0.5 * np.sum(means == mean)) / len(means)
+    tie = 1e-9 * math.sqrt(spread)  # few values give the mean again, up to rounding
+    below = (np.sum(means < mean - tie) + 0.5 * np.sum(np.abs(means - mean) <= tie)) / len(means)
     bias = NORMAL.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
     shifted = [bias + NORMAL.inv_cdf(tail) for tail in tails]
     return np.array([NORMAL.cdf(bias + z / (1 - acceleration * z)) for z in shifted])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import math
 import signal
 import time
@@ -23,14 +24,15 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umm.build import build_space, fit_normalizer, open_source, training_data
+from umm.build import build_space, check_data, fit_normalizer, open_source, training_data
+from umm.config import flatten
 from umm.errors import ConfigError, NonFinite
 from umm.loader import Feed, batches, positions
 from umm.model import UnifiedModel, contiguous
 from umm.progress import Progress
 from umm.registry import find
 from umm.rng import PictureRNG
-from umm.runs import Run, now
+from umm.runs import Run, now, reading
 from umm.settings import OptimSettings
 from umm.tasks.base import Phase, Task
 
@@ -160,6 +162,8 @@ class Trainer:
             self.run = Run.create(config, argv) if self.main else Run(config.run)
         self.space = build_space(config.latent).to(self.device)
         self.data = training_data(config, self.space, self.accelerator)
+        if self.main:
+            check_data(self.run, self.data)
         fit_normalizer(self.space, config, self.data, self.run, self.accelerator)
         self.tasks = [find("tasks", config.task)(config, self.space, open_source(config, "val"))]
         self.learners = {
@@ -190,7 +194,7 @@ class Trainer:
         feeds = {task.name: self.feed(task) for task in self.tasks}
         with self.signals(), Progress(self.images_at(self.steps), self.images_at(self.step), self.main) as progress:
             waited, started, window = 0.0, time.perf_counter(), Window()
-            while self.step < self.steps and self.stop_signal is None:
+            while self.step < self.steps and not self.told_to_stop():
                 logs: dict[str, Tensor] = {}
                 for task in self.tasks:
                     before = time.perf_counter()
@@ -205,9 +209,17 @@ class Trainer:
                     waited, started, window = 0.0, time.perf_counter(), Window()
                 self.due()
                 progress.advance(self.settings.batch_size)
-        if self.stop_signal is not None:
-            return self.stop()
-        return self.finish()
+        return self.finish() if self.step == self.steps else self.stop()
+
+    def told_to_stop(self) -> bool:
+        """Has a signal come? Several processes agree on it, now and then, so that all leave at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal is not None
+        if self.every(self.settings.log_every, steps=True):
+            told = torch.tensor(self.stop_signal or 0, device=self.device)
+            self.stop_signal = int(self.accelerator.gather(told[None]).max()) or None
+            return self.stop_signal is not None
+        return False
 
     def train_task(self, task: Task, micro_batches: list[dict]) -> dict[str, Tensor]:
         """All phases of one task on the same pictures."""
@@ -273,12 +285,12 @@ class Trainer:
         return UnifiedModel(self.space, heads, facts)
 
     def evaluate(self) -> None:
-        """Numbers on the validation split, into metrics.jsonl."""
+        """Numbers on the validation split, into metrics.jsonl; every process judges its share."""
         from umm.evaluate import evaluate  # evaluation builds on everything here
 
-        for row in evaluate(self.model(), self.config, self.accelerator).numbers:
-            if self.main:
-                self.run.log({"step": self.step, **row}, "metrics.jsonl")
+        records = evaluate(self.model(), self.config, self.accelerator)
+        for row in records.numbers if self.main else []:
+            self.run.log({"step": self.step, **row}, "metrics.jsonl")
 
     # ----------------------------------------------------------------------------------------------------- writing
 
@@ -353,9 +365,10 @@ class Trainer:
         folder = self.run.latest()
         if folder is None:
             return 0
-        weights = load_file(folder / "model.safetensors")
-        averages = load_file(folder / "ema.safetensors")
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        with reading(folder, "write the name of an earlier checkpoint into checkpoints/latest"):
+            weights = load_file(folder / "model.safetensors")
+            averages = load_file(folder / "ema.safetensors")
+            state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         for learner in self.all_learners():
             learner.phase.module.load_state_dict(unprefixed(learner.key, weights))
             if learner.ema:
@@ -409,6 +422,9 @@ class Trainer:
 
 def start_accelerator(config: DictConfig) -> Accelerator:
     """Devices, processes and precision, by accelerate's own rules; trackers write into the run folder."""
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"train.trackers={tracker} needs a package: pip install {tracker}.")
     precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -417,7 +433,7 @@ def start_accelerator(config: DictConfig) -> Accelerator:
         project_dir=config.run,
     )
     if config.train.trackers:
-        flat = {key: str(value) for key, value in OmegaConf.to_container(config.train).items()}
+        flat = {key: str(value) for key, value in flatten(config)}
         accelerator.init_trackers(Path(config.run).name, config=flat)
     return accelerator
 

@@ -82,7 +82,7 @@ class EffNet(NetworkSpace):
     dim, families, resizing = 1280, ("efficientnet",), "torch-bicubic-aa-224"
 
     def features(self, pixels: Tensor) -> Tensor:
-        x = resize(pixels, 224) / 127.5 - 1
+        x = (resize(pixels, 224) / 127.5 - 1).contiguous(memory_format=torch.channels_last)  # 1.5 x faster on a CPU
         return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
 
@@ -159,7 +159,7 @@ def open_space(spec: str, device: torch.device | str = "cpu") -> FeatureSpace:
 
 SPACES: dict[str, Callable[[str, torch.device | str], FeatureSpace]] = {
     "inception": lambda weights, device: Inception(load_inception(weights), device),
-    "effnet": lambda weights, device: EffNet(efficientnet_lite0(), device),
+    "effnet": lambda weights, device: EffNet(efficientnet_lite0().to(memory_format=torch.channels_last), device),
     "dinov2": lambda weights, device: DINOv2(load_dinov2(weights or "facebook/dinov2-large"), device),
     "pixels": lambda weights, device: Pixels(),
     "wavelet": lambda weights, device: Wavelet(),
