@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -80,6 +81,18 @@ def test_every_file_the_readme_names_exists():
     assert named
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_results_table_says_what_the_json_says():
+    rows = re.findall(r"^\| `configs/tiny/(\w+).yaml` \|.*?\| ([\d.]+) \[([\d.]+), ([\d.]+)\] \| ([\d.]+) \| ([\d.]+) \|$",
+                      README, flags=re.MULTILINE)  # fmt: skip
+    assert len(rows) == 2
+    for name, *shown in rows:
+        result = json.loads((ROOT / "experiments" / "results" / f"tiny-{name}.json").read_text())
+        found = {row["metric"]: row for row in result["numbers"]}
+        psnr, mean, untrained = (found[k] for k in ("psnr", "psnr of the mean picture", "psnr of an untrained decoder"))
+        values = [psnr["value"], psnr["low"], psnr["high"], mean["value"], untrained["value"]]
+        assert [f"{value:.2f}" for value in values] == shown
 
 
 def test_the_folders_of_the_tree_exist():
