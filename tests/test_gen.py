@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fakes.gen import gen_settings
+from fakes.interrupting import interrupted_after
 from fakes.space import Patches
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from umm.rng import PictureRNG, generator
 from umm.runs import Run
 from umm.settings import FlowSettings
 from umm.tasks.gen import TIME_BINS, Gen, by_time, misalignment
-from umm.train import Trainer, finished, train
+from umm.train import finished, train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RAEV2 = """
@@ -120,20 +121,11 @@ def test_cached_and_encoded_latents_train_alike(settings, tmp_path):
     assert_close(cached, run_of(settings, run=tmp_path / "b", **{"cache.dir": "null"}))
 
 
-def test_an_interrupted_run_ends_bit_identical(settings, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_bit_identical(settings, tmp_path):
     whole = run_of(settings, run=tmp_path / "whole")
-    stopped, original, calls = [*settings, f"run={tmp_path / 'stopped'}"], Trainer.train_task, []
-
-    def stop_after_nine(self, task, micro_batches):
-        calls.append(1)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return original(self, task, micro_batches)
-
-    monkeypatch.setattr(Trainer, "train_task", stop_after_nine)
-    with pytest.raises(KeyboardInterrupt):
+    stopped = [*settings, f"run={tmp_path / 'stopped'}"]
+    with interrupted_after(9):
         train(load("gen", None, stopped))
-    monkeypatch.setattr(Trainer, "train_task", original)
     a, b = final_tensors(whole), final_tensors(run_of(stopped))
     assert a.keys() == b.keys() and not [key for key in a if not torch.equal(a[key], b[key])]
 

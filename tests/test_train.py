@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Image
+from fakes.interrupting import interrupted_after
 from fakes.launching import environment, launch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -117,22 +118,12 @@ def test_the_adversarial_phases_begin_when_they_should(fake_overrides, fake_disc
     assert weights[0] == 0 and all(w > 0 for w in weights[1:])
 
 
-def test_an_interrupted_run_ends_bit_identical(fake_overrides, tmp_path, fake_discriminator, monkeypatch):
+def test_an_interrupted_run_ends_bit_identical(fake_overrides, tmp_path, fake_discriminator):
     """Stopped in the middle of an epoch, between checkpoints' steps and the log's."""
     whole = run_of([*fake_overrides, *GAN], run=tmp_path / "whole")
     stopped = [*fake_overrides, *GAN, f"run={tmp_path / 'stopped'}"]
-    original, calls = Trainer.train_task, []
-
-    def stop_after_nine(self, task, micro_batches):
-        calls.append(1)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return original(self, task, micro_batches)
-
-    monkeypatch.setattr(Trainer, "train_task", stop_after_nine)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(9):
         train(load("recon", None, stopped))
-    monkeypatch.setattr(Trainer, "train_task", original)
     again = run_of(stopped)
     assert_identical(final_tensors(whole), final_tensors(again))
     steps = [record["step"] for record in again.read_log()]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from fakes.interrupting import interrupted_after
 from fakes.launching import launch
 from safetensors.torch import load_file
 
@@ -16,7 +17,7 @@ from umm.evaluate import evaluate_run
 from umm.heads.dit import DiT
 from umm.runs import Run
 from umm.tasks.und import Und, class_records, read_parts_only
-from umm.train import Trainer, train
+from umm.train import train
 
 TRUNK = """
     und.train=trunk und.dit.size=custom und.dit.width=24 und.dit.depth=3 und.dit.heads=2 und.dit.head_depth=0
@@ -129,20 +130,10 @@ def test_micro_batches_train_like_one_large_batch(settings, tmp_path, kind):
         torch.testing.assert_close(one[key], four[key], rtol=2e-4, atol=2e-5)
 
 
-def test_an_interrupted_trunk_ends_bit_identical(settings, tmp_path, monkeypatch):
+def test_an_interrupted_trunk_ends_bit_identical(settings, tmp_path):
     whole = trained(settings, *TRUNK, run=tmp_path / "whole")
-    original, calls = Trainer.train_task, []
-
-    def stop_after_three(self, task, micro_batches):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self, task, micro_batches)
-
-    monkeypatch.setattr(Trainer, "train_task", stop_after_three)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(3):
         trained(settings, *TRUNK, run=tmp_path / "stopped")
-    monkeypatch.setattr(Trainer, "train_task", original)
     again = trained(settings, *TRUNK, run=tmp_path / "stopped")
     ours, theirs = weights(whole), weights(again)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -43,8 +42,3 @@ def save_grid(
         canvas.save(partial, format="PNG")
         partial.replace(file)
     return file
-
-
-def tile(pictures: Tensor, columns: int) -> list[Tensor]:
-    """(B, 3, H, W) as rows of at most `columns` pictures."""
-    return list(torch.split(pictures, columns))

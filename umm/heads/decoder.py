@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from umm.errors import ConfigError, UmmError
 from umm.heads.base import Head
 from umm.latents.base import LatentSpec
-from umm.layers import ViTBlock, grid_of, sincos_2d, tokens_of
+from umm.layers import ViTBlock, grid_of, sincos_2d, tokens_of, unpatchify
 from umm.settings import DecoderSettings
 
 # size -> width, depth, heads, mlp. B, L and XL as published; Ti and S are the usual small ViTs
@@ -141,9 +141,3 @@ class Decoder(Head):
 def position_table(dim: int, height: int, width: int) -> Tensor:
     """Zeros for the CLS token, then the grid's sine-cosine positions, (1, 1 + N, dim)."""
     return F.pad(sincos_2d(dim, height, width), (0, 0, 1, 0))[None]
-
-
-def unpatchify(patches: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """(B, N, p * p * 3), each patch laid out (row, column, channel) -> (B, 3, h * p, w * p)."""
-    x = patches.unflatten(2, (patch, patch, 3)).unflatten(1, (height, width))  # (B, h, w, p, p, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
