@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from umm.config import load
 from umm.latents.base import LatentSpace, LatentSpec
 from umm.latents.dinov2 import DINOv2
+from umm.learner import Learner
 from umm.rng import generator
 from umm.sampling import Drawer
 from umm.settings import DINOv2Settings, SamplerSettings
 from umm.tasks.gen import Gen
-from umm.train import Learner
 
 CLASSES, STEPS = 1000, 10
 
@@ -48,7 +48,7 @@ def learner_of(size: str, space: LatentSpace, accelerator: Accelerator, compiled
         for parameter in task.dit.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02, generator=generator("weights"))
-    return Learner(task, task.phases[0], accelerator, 10**9, compiled)
+    return Learner(task.groups()[0], accelerator, 10**9, compiled)
 
 
 def bench(size: str, weights: str, batch: int, precision: str, compiled: bool) -> dict:
@@ -67,13 +67,14 @@ def bench(size: str, weights: str, batch: int, precision: str, compiled: bool) -
         "label": torch.randint(CLASSES, (batch,), generator=draw).to(device),
     }
     flops = forward_flops(dit, spec, device)
-    step = measure(lambda: learner.step([pictures], [list(range(batch))], 0), batch, warmup=2, repetitions=5)
+    micro_batches, plan = {"gen": [pictures]}, {"gen": [list(range(batch))]}
+    step = measure(lambda: learner.step(micro_batches, plan, 0), batch, warmup=2, repetitions=5)
     images = torch.rand(batch, 3, 256, 256, generator=draw).to(device)
     with torch.inference_mode(), accelerator.autocast():
         encoding = measure(lambda: space.raw(images), batch, warmup=1, repetitions=5)
     both = step["seconds"]["median"] + encoding["seconds"]["median"]
     network = measure(lambda: network_step(learner, pictures), batch, warmup=1, repetitions=5)
-    sampler = Drawer(dit.eval(), learner.task.settings.flow, SamplerSettings(steps=STEPS))
+    sampler = Drawer(dit.eval(), learner.group.turns[0].task.settings.flow, SamplerSettings(steps=STEPS))
     autocast = accelerator.autocast() if precision != "fp32" else contextlib.nullcontext()
     with autocast:
         drawn = measure(lambda: sampler.latents(range(batch), [0] * batch, 0), batch, warmup=1, repetitions=3)

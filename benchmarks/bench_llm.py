@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from umm.config import load
 from umm.data.shapes import ShapesSource
 from umm.latents.base import LatentSpec
+from umm.learner import Learner
 from umm.rng import generator
 from umm.settings import ShapesSettings
 from umm.tasks._answering import Answering, build_head
 from umm.tasks.base import Phase
-from umm.train import Learner
 
 
 class Timed(Answering):
@@ -55,10 +55,11 @@ def main() -> None:
     numbers, asked = {}, sum(map(len, questions))
     for name, overrides in {"vqa": [], "llm": [f"und.llm.model={arguments.llm}", "und.llm.tiny.steps=5"]}.items():
         task = Timed(load("und", f"configs/tiny/und_{name}.yaml", overrides), space, texts)
-        learner = Learner(task, task.phases[0], accelerator, 10**9, compiled=False)
+        learner = Learner(task.groups()[0], accelerator, 10**9, compiled=False)
 
         def step(learner=learner):
-            learner.step([{"latent": latents, "questions": questions}], [list(range(batch))], images=10**6)
+            micro_batches = {"und": [{"latent": latents, "questions": questions}]}
+            learner.step(micro_batches, {"und": [list(range(batch))]}, images=10**6)
 
         def answer(head=task.networks[name]):
             where = torch.arange(batch).repeat_interleave(torch.tensor([len(some) for some in questions]))

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 
 from umm.build import build_space
 from umm.config import load
+from umm.learner import Learner
 from umm.rng import generator
 from umm.tasks.recon import Recon
-from umm.train import Learner
 
 GAN = [
     "recon.adversarial.weight=0.75",
@@ -52,11 +52,12 @@ def main() -> None:
     latents = latents.clone()
     for name, overrides in LOSSES.items():
         task = Recon(load("recon", arguments.config, overrides), space, None)
-        learners = [Learner(task, phase, accelerator, 10**9, compiled=False) for phase in task.phases]
+        learners = [Learner(group, accelerator, 10**9, compiled=False) for group in task.groups()]
 
         def step(learners=learners):
             for learner in learners:
-                learner.step([{"image": images, "latent": latents}], [list(range(batch))], images=1)
+                micro_batches = {"recon": [{"image": images, "latent": latents}]}
+                learner.step(micro_batches, {"recon": [list(range(batch))]}, images=1)
 
         numbers[name] = measure(step, batch, warmup=2, repetitions=5)
         print(f"{name}: {numbers[name]['per_second']['median']:.1f} pictures/s", flush=True)

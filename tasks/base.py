@@ -37,6 +37,33 @@ class Phase:
         self.forward = self.module
 
 
+@dataclass
+class Turn:
+    """What one task has to say in an optimiser's step."""
+
+    task: Task
+    phase: str
+    clip: float  # of this task's own gradient
+    weight: float = 1.0  # of its gradient, after clipping
+    stopped: list[nn.Parameter] = field(default_factory=list)  # its gradient does not move these
+    pick: Callable[[nn.Module], nn.Module] = lambda module: module  # the phase's module inside the optimiser's
+
+    @property
+    def key(self) -> str:
+        return f"{self.task.name}.{self.phase}"
+
+
+@dataclass
+class Group:
+    """What one optimiser moves: a phase of one task, or a module that several tasks share (`shared`)."""
+
+    name: str
+    phase: Phase
+    turns: list[Turn]
+    shared: list[nn.Parameter] | None = None  # where the gradients of the tasks meet; None: a single task's module
+    balance: bool = False  # scale every task's gradient to the norm that the first one's has at `shared`
+
+
 class Task:
     """Built from the whole configuration, a frozen latent space and the validation pictures.
 
@@ -46,10 +73,27 @@ class Task:
 
     name: str = ""
     keys: tuple[str, ...] = ("image", "latent")
+    encodes: bool = True  # False: the loop need not encode what no cache has
     phases: list[Phase]
+    window: tuple[int, int | None] = (0, None)  # images of the run in which the task takes part, counted from its start
 
     def __init__(self, config: DictConfig, space: LatentSpace, val: DataSource | None):
         self.config, self.space, self.val, self.seed = config, space, val, config.seed
+
+    def members(self) -> list[Task]:
+        """The tasks that take part in the loop, each with its own pictures, order and random stream."""
+        return [self]
+
+    def groups(self) -> list[Group]:
+        """What is optimised, in the order of the steps."""
+        return [
+            Group(f"{self.name}.{phase.name}", phase, [Turn(self, phase.name, phase.optim.clip)])
+            for phase in self.phases
+        ]
+
+    def view(self, data):
+        """The training pictures as this task sees them: some of them, or with other labels."""
+        return data
 
     def begin(self, phase: str) -> None:
         """Called before the micro-batches of a step."""

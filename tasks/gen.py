@@ -93,7 +93,7 @@ class Gen(Task):
     def loss(self, phase: str, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
         """Flow matching, plus the auxiliary output's and the alignment's losses where the network has them."""
         settings = self.settings
-        z = self.space.normalizer(batch["latent"].float())  # (B, C, h, w)
+        z = self.clean(batch, rng)  # (B, C, h, w)
         t = flow.training_time(rng.fork("time").rand(), self.shift, settings.flow)  # (B,)
         eps = rng.fork("noise").randn(*z.shape[1:])
         out = self.phases[0].forward(flow.interpolate(z, eps, t), t, self.labels(batch, rng), auxiliary=True)
@@ -107,6 +107,10 @@ class Gen(Task):
             terms["repa"] = misalignment(out.aligned, self.alignment_target(batch))
             total = total + settings.repa.weight * terms["repa"]
         return {"loss": total, **terms, **by_time(error.detach(), t)}
+
+    def clean(self, batch: dict[str, Tensor], rng: PictureRNG) -> Tensor:
+        """What is to be generated: standardised latents."""
+        return self.space.normalizer(batch["latent"].float())
 
     def labels(self, batch: dict[str, Tensor], rng: PictureRNG) -> Tensor | None:
         """Class numbers (B,), some of them dropped for the label that means no class."""

@@ -28,7 +28,7 @@ from umm.heads.dit import DiT
 from umm.heads.linear import LinearReader
 from umm.judging import Records, share_of
 from umm.latents.base import LatentSpace
-from umm.loader import to_device
+from umm.loader import first, to_device
 from umm.metrics.base import PictureIds
 from umm.model import UnifiedModel, trunk_grid
 from umm.paired import wilson
@@ -47,21 +47,16 @@ class TrunkReader(nn.Module):
     def __init__(self, dit: DiT, reader: nn.Module, block: int, time: float):
         super().__init__()
         self.dit, self.reader, self.block, self.time = dit, reader, block, time
-        read_parts_only(dit, block)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.reader(trunk_grid(self.dit, z, self.time, self.block))
 
 
-def read_parts_only(dit: DiT, block: int) -> None:
-    """Freeze what a reader after `block` does not see: such parameters would get no gradient."""
-    dit.requires_grad_(False)
+def read_parts(dit: DiT, block: int) -> list[nn.Parameter]:
+    """What a reader after `block` sees of a trunk."""
     seen = [dit.embed, dit.time, dit.label, *dit.blocks[: range(1, dit.config.depth + 1)[block]]]
-    for part in seen:
-        part.requires_grad_(True)
-    for tokens in (dit.time_tokens, dit.class_tokens):
-        if tokens is not None:
-            tokens.requires_grad_(True)
+    tokens = [tokens for tokens in (dit.time_tokens, dit.class_tokens) if tokens is not None]
+    return [parameter for part in seen for parameter in part.parameters()] + tokens
 
 
 class Und(Task):
@@ -98,15 +93,26 @@ class Und(Task):
             return AttentiveReader(self.space.spec, self.classes, width, self.settings.attentive.heads)
 
     def build_trunk(self) -> TrunkReader:
+        dit, block = self.build_dit(), self.settings.block
+        if not -dit.config.depth <= block < dit.config.depth:
+            raise DataError(f"und.block={block}: this trunk has blocks 0 to {dit.config.depth - 1}.")
+        self.thaw(dit)
+        return TrunkReader(dit, self.build_reader(dit.config.width), block, self.settings.time)
+
+    def build_dit(self) -> DiT:
         """The first weights are those of an unconditional `gen` run with the same seed: arms are paired by it."""
         with seeded_init(self.seed, "gen", "dit"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "this DiT is .* wide")  # width limits generation, not reading
-            dit = DiT.from_config(self.settings.dit, self.space.spec)
-        reader = self.build_reader(dit.config.width)
-        depth, block = dit.config.depth, self.settings.block
-        if not -depth <= block < depth:
-            raise DataError(f"und.block={block}: this trunk has blocks 0 to {depth - 1}.")
-        return TrunkReader(dit, reader, block, self.settings.time)
+            return DiT.from_config(self.settings.dit, self.space.spec)
+
+    def thaw(self, dit: DiT) -> None:
+        """Train what the reader sees and nothing else: other parameters would get no gradient."""
+        dit.requires_grad_(False)
+        for parameter in read_parts(dit, self.settings.block):
+            parameter.requires_grad_(True)
+
+    def view(self, data):
+        return first(data, self.settings.limit, "und.limit")
 
     # ------------------------------------------------------------------------------------------------------ training
 

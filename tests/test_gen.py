@@ -23,12 +23,13 @@ from umm.errors import ConfigError, DataError, UmmError
 from umm.evaluate import evaluate_run
 from umm.heads.dit import DiT
 from umm.latents.base import LatentSpec
+from umm.learner import finished
 from umm.metrics._probe import RidgeProbe
 from umm.rng import PictureRNG, generator
 from umm.runs import Run
 from umm.settings import FlowSettings
 from umm.tasks.gen import TIME_BINS, Gen, by_time, misalignment
-from umm.train import finished, train
+from umm.train import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RAEV2 = """

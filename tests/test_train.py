@@ -22,12 +22,13 @@ from timm.models.vision_transformer import VisionTransformer
 import umm
 from umm.config import load
 from umm.errors import ConfigError, NonFinite, UmmError
+from umm.learner import EMA, learning_rate
 from umm.loader import Feed, positions
 from umm.registry import find
 from umm.rng import seeded_init
 from umm.runs import Run
 from umm.settings import OptimSettings
-from umm.train import EMA, Trainer, learning_rate, train
+from umm.train import Trainer, train
 from umm.transforms import to_pil
 
 GAN = [
@@ -42,7 +43,7 @@ GAN = [
 @pytest.fixture
 def fake_discriminator(monkeypatch):
     """A discriminator small enough for a test, with the spectral norms of the real one."""
-    from umm.tasks import recon
+    from umm.tasks import _picture_loss
 
     class Small(torch.nn.Module):
         families = ("fake",)
@@ -58,7 +59,7 @@ def fake_discriminator(monkeypatch):
         def forward(self, images):
             return self.net(images).flatten(1)
 
-    monkeypatch.setattr(recon, "Discriminator", Small)
+    monkeypatch.setattr(_picture_loss, "Discriminator", Small)
 
 
 def run_of(config_overrides, **changes):

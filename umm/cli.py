@@ -9,7 +9,7 @@ import click
 from umm import __version__
 from umm.errors import UmmError
 
-TASKS = ("recon", "gen", "und")
+TASKS = ("recon", "gen", "und", "joint")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 task_option = click.option("--task", type=click.Choice(TASKS), required=True, help="What to train.")

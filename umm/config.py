@@ -33,6 +33,7 @@ TASKS = {
     "gen": {"gen": schemas.GenSettings, "eval": schemas.GenEvalSettings},
     "und": {"und": schemas.UndSettings, "probe": schemas.ProbeSettings},
 }
+TASKS["joint"] = {"joint": schemas.JointSettings} | TASKS["recon"] | TASKS["und"] | TASKS["gen"]
 COMMON = {"cache": schemas.CacheSettings, "train": schemas.TrainSettings, "eval": schemas.EvalSettings}
 # settings by pattern -> least and greatest value, None: no limit
 BOUNDS = {
@@ -52,6 +53,8 @@ BOUNDS = {
     "eval.bootstrap": (1, None),
     "eval.neighbors": (1, None),
     "recon.noise": (0, None),
+    "joint.weights.*": (0, None),
+    "und.limit": (1, None),
     "*.ema": (0, 1),
     "*.optim.lr": (0, None),
     "*.optim.final_lr": (0, None),

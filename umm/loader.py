@@ -59,6 +59,47 @@ class Feed(Dataset):
         return [bool(torch.rand((), generator=generator(self.seed, self.name, "flip", n)) < 0.5) for n in positions]
 
 
+class View:
+    """The first pictures of a source or a cache, perhaps with each other's labels.
+
+    Args:
+        count: how many of the first; None: all. Any first part of a source is a fair sample of it.
+        order: picture i goes by the label of picture order[i], (n,); None: by its own.
+    """
+
+    def __init__(self, data, count: int | None = None, order: torch.Tensor | None = None):
+        self.data, self.order = data, order
+        self.count = len(data) if count is None else min(count, len(data))
+        if hasattr(data, "batch"):
+            self.batch = self._batch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return self.load(index)
+
+    def select(self, *keys: str) -> View:
+        return View(self.data.select(*keys), self.count, self.order)
+
+    def load(self, index: int, generator: torch.Generator | None = None) -> dict:
+        item = self.data.load(index, generator)
+        return item if self.order is None else item | {"label": self.data[int(self.order[index])]["label"]}
+
+    def _batch(self, indices: list[int], flips: list[bool] | None = None) -> dict:
+        batch = self.data.batch(indices, flips=flips)
+        if self.order is not None:
+            batch["label"] = self.data.select("label").batch(self.order[indices].tolist())["label"]
+        return batch
+
+
+def first(data, count: int | None, setting: str):
+    """The first `count` pictures, or all; `setting` is named where they cannot be counted."""
+    if count is not None and getattr(data, "streaming", False):
+        raise UmmError(f"{setting} needs pictures it can count: set data.streaming=false, or use a local copy.")
+    return data if count is None else View(data, count)
+
+
 class Stream(IterableDataset):
     """The batches of `plan` from a streaming source: its own order, picture n at position n."""
 

@@ -40,6 +40,7 @@ class ShapesSettings(DataSettings):
     seed: int = 0
     max_objects: int = 4  # 2 to 5
     textured: float = 0.5  # share of scenes with a textured background
+    label: Literal["shape", "colour", "count"] = "shape"  # shape or colour of the large object; number of objects
     questions: int = 6  # tried per scene; those without one clear answer are left out
 
 
@@ -92,15 +93,143 @@ class LatentSettings:
 
 
 @dataclass
-class DINOv2Settings(LatentSettings):
-    """Frozen DINOv2 patch tokens after a LayerNorm without affine (RAE, arXiv 2510.11690)."""
+class EncoderSettings(LatentSettings):
+    """Frozen patch tokens after a LayerNorm without affine (RAE, arXiv 2510.11690), one space a kind of encoder."""
 
-    name: str = "dinov2"
-    weights: str = "facebook/dinov2-with-registers-base"  # hub id, local folder, or asset:<name> (umm assets list)
+    weights: str = MISSING  # hub id, local folder, or asset:<name> (umm assets list)
     revision: str | None = None
     image_size: int = 256  # pixels of the picture the latent stands for
     encoder_size: int | None = None  # pixels the encoder sees; None: one token for each 16 px of the picture
     layers: list[int] = field(default_factory=lambda: [-1])  # blocks, each normed, averaged (RAEv2); [-1] is RAE
+    mean_token: bool = False  # add the last block's mean token to every token (RAEv2's code on DINOv3 and SigLIP 2)
+
+
+@dataclass
+class DINOv2Settings(EncoderSettings):
+    name: str = "dinov2"
+    weights: str = "facebook/dinov2-with-registers-base"
+
+
+@dataclass
+class DINOv3Settings(EncoderSettings):
+    name: str = "dinov3"
+    weights: str = "facebook/dinov3-vitb16-pretrain-lvd1689m"  # gated: Meta's licence
+
+
+@dataclass
+class SigLIP2Settings(EncoderSettings):
+    name: str = "siglip2"
+    weights: str = "google/siglip2-base-patch16-256"  # of a fixed resolution; SigLIP 1 is read too
+
+
+@dataclass
+class CLIPSettings(EncoderSettings):
+    name: str = "clip"
+    weights: str = "openai/clip-vit-base-patch16"
+    layers: list[int] = field(default_factory=lambda: [-2])  # nothing has trained the last block's patch tokens
+
+
+@dataclass
+class MAESettings(EncoderSettings):
+    name: str = "mae"
+    weights: str = "facebook/vit-mae-base"
+
+
+@dataclass
+class TimmSettings(EncoderSettings):
+    name: str = "timm"
+    weights: str = "vit_base_patch16_224.augreg2_in21k_ft_in1k"  # name of any timm ViT, or a folder in timm's layout
+
+
+@dataclass
+class PretrainedSettings:
+    """The pretrained encoder inside a space that trains networks of its own."""
+
+    name: str = "dinov2"  # a latent space of a frozen encoder
+    weights: str = "facebook/dinov2-with-registers-base"
+    revision: str | None = None
+    encoder_size: int | None = None
+    layers: list[int] = field(default_factory=lambda: [-1])
+
+
+@dataclass
+class ConvDecoderSettings:
+    """Convolutional decoder of latent diffusion, as published for f16."""
+
+    width: int = 128  # channels, times
+    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # finest level first, each twice the next
+    blocks: int = 2  # residual blocks a level, and one more
+    attention: bool = True  # in the coarsest level; in its middle there always is one
+
+
+@dataclass
+class TrainedSettings(LatentSettings):
+    """What spaces that train networks of their own have in common: see umm/latents/_trained.py."""
+
+    weights: str | None = None  # a finished recon run of this space, whose other settings then hold; None: untrained
+    image_size: int = 256  # pixels of the picture the latent stands for
+    normalizer: Literal["none", "scalar", "channel", "position", "sphere"] = "channel"
+    encoder: PretrainedSettings = field(default_factory=PretrainedSettings)
+
+
+@dataclass
+class SVGSettings(TrainedSettings):
+    """Frozen tokens and a residual of detail (SVG, arXiv 2510.15301)."""
+
+    name: str = "svg"
+    tokens: Literal["features", "raw"] = "features"  # after the encoder's final norm, or as latents of encoder.name
+    scalars: Literal["frozen", "batch"] = "frozen"  # batch: as published, a latent then depends on its batch
+    channels: int = 8  # of the residual
+    width: int = 384  # of the residual encoder, a ViT
+    depth: int = 6
+    heads: int = 8
+    mlp: int = 1536
+    drop: float = 0.1  # share of training pictures drawn without the residual
+    decoder: ConvDecoderSettings = field(default_factory=ConvDecoderSettings)
+
+
+@dataclass
+class AlignTokSettings(TrainedSettings):
+    """An encoder tuned in three stages (AlignTok, arXiv 2509.25162)."""
+
+    name: str = "aligntok"
+    adapter: Literal["mlp", "linear", "identity"] = "mlp"
+    channels: int = 32  # of the latent, but for identity
+    hidden: int = 1024  # of the mlp
+    anchor: float = 1.0  # weight of the mean squared distance to the latents of the first stage
+    lengths: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # align, tune, refine; relative
+    decoder: ConvDecoderSettings = field(default_factory=ConvDecoderSettings)
+
+
+@dataclass
+class PyramidSettings:
+    """Decoder of VFM-VAE: a picture at every scale."""
+
+    width: int = 512  # channels of a level at most,
+    budget: int = 32_768  # and this many over its rows
+    style: int = 512  # numbers of the style
+    blocks: int = 3  # styled ConvNeXt blocks a level
+    attention: int = 2  # levels with attention, from the coarsest on
+    injected: int = 4  # levels that see the latent again
+
+
+@dataclass
+class VFMVAESettings(TrainedSettings):
+    """Several depths of a frozen encoder through a Gaussian bottleneck (VFM-VAE, arXiv 2510.18457)."""
+
+    name: str = "vfm_vae"
+    levels: list[int] = field(default_factory=lambda: [0, 5, -1])  # blocks, the deepest last
+    level_width: int = 64  # channels that a level is projected to
+    merge: int = 1  # encoder positions along the side of a latent one
+    channels: int = 32
+    kl: float = 1e-6  # weights of the losses: of the KL's sum,
+    vf: tuple[float, float] = (5.0, 1.0)  # of the alignment to the frozen features until and while relaxing,
+    adaptive: bool = True  # which are in units of the reconstruction's gradient over its own,
+    scales: float = 0.1  # of the coarser pictures while warming,
+    ssim: float = 1.0  # of 1 - SSIM while refining
+    equivariance: float = 0.5  # share of micro-batches drawn shrunk and turned
+    lengths: list[float] = field(default_factory=lambda: [5.0, 15.0, 20.0, 1.0])  # warm, align, relax, refine
+    decoder: PyramidSettings = field(default_factory=PyramidSettings)
 
 
 # ---------------------------------------------------------------------------------------------------------- cache
@@ -382,9 +511,44 @@ class UndSettings:
     time: float = 0.0  # the trunk sees (1 - time) z + time noise, without a class
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-3, final_lr=0.0, warmup=0, clip=1.0))
     ema: float | None = None  # per step; None: no average
+    limit: int | None = None  # learn from the first so many training pictures only; None: all
     vqa: VQASettings = field(default_factory=VQASettings)
     llm: LLMSettings = field(default_factory=LLMSettings)
     blind: bool = True  # vqa, llm: also train the same network without pictures, the number to beat
+
+
+# --------------------------------------------------------------------------------------------------------- joint task
+
+
+@dataclass
+class JointWeights:
+    """Of the parts' gradients, each clipped by itself, where they share parameters."""
+
+    gen: float = 1.0
+    und: float = 1.0
+
+
+@dataclass
+class JointSettings:
+    """Several tasks in one loop on one latent space.
+
+    share=trunk: `und` reads a block of the DiT that `gen` trains (`gen.dit`, `und.block`, `und.time`), with one
+    optimiser and one average for both. share=nothing: every part has its own parameters and is trained as it would be
+    alone. `train.images` and `train.batch_size` are those of each part.
+    """
+
+    parts: list[Literal["recon", "gen", "und"]] = field(default_factory=lambda: ["gen", "und"])
+    share: Literal["trunk", "nothing"] = "trunk"
+    weights: JointWeights = field(default_factory=JointWeights)
+    balance: bool = False  # give und's gradient the norm of gen's at the shared parameters, then weigh
+    stop: list[Literal["gen", "und"]] = field(default_factory=list)  # parts that do not move what is shared
+    sequential: bool = False  # the parts one after another, in their order, each for an equal share of train.images
+    twice: bool = False  # every part once more on other pictures with other noise: more of the same, for comparison
+    # what a part learns instead, for comparison: gen's latents with their tokens mixed, or Gaussian noise of the same
+    # moments; und's labels handed to other pictures
+    placebo: Literal["none", "shuffled_tokens", "gaussian", "permuted_labels"] = "none"
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=2e-4, final_lr=2e-5, warmup=0, clip=1.0))
+    ema: float | None = 0.9995  # per step
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """One loop for every task and every mixture of tasks.
 
-    for step: for task: for phase: for micro-batch: loss, backward;  then clip, step, average
+    for step: for learner: for task: for micro-batch: loss, backward;  then clip, step, average
 
 Schedules count images, so batch size does not change them. Random numbers and data order are functions of the picture
 counter (`umm.rng`, `umm.loader`), so micro-batches, processes and interruptions do not change a run, and a checkpoint
@@ -10,8 +10,8 @@ holds no generator state.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
+import itertools
 import math
 import signal
 import time
@@ -27,126 +27,13 @@ from torch import Tensor, nn
 from umm.build import build_space, check_data, fit_normalizer, open_source, training_data
 from umm.config import flatten
 from umm.errors import ConfigError, NonFinite
+from umm.learner import Learner, Plan, Window, finished
 from umm.loader import Feed, batches, positions
 from umm.model import UnifiedModel, contiguous
 from umm.progress import Progress
 from umm.registry import find
-from umm.rng import PictureRNG
 from umm.runs import Run, now, reading
-from umm.settings import OptimSettings
-from umm.tasks.base import Phase, Task
-
-
-def learning_rate(optim: OptimSettings, images: int, total: int) -> float:
-    """The rate after `images` pictures: linear warm-up from zero, a constant part, then the decay to `final_lr`.
-
-    `total` is the length of the run in images, the end of the decay unless `decay_images` says otherwise.
-    """
-    if images < optim.warmup:
-        return optim.lr * images / optim.warmup
-    start, end = optim.warmup + optim.constant, optim.decay_images or total
-    if optim.decay == "constant" or images <= start:
-        return optim.lr
-    done = min((images - start) / max(end - start, 1), 1.0)
-    rest = 1 - done if optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return optim.final_lr + (optim.lr - optim.final_lr) * rest
-
-
-class EMA:
-    """ema <- d * ema + (1 - d) * weights after every step; buffers are copied.
-
-    d = min(decay, (1 + n) / (10 + n)) after n steps, so that a short run is not judged by its initial weights.
-    """
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.steps = decay, 0
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), module.buffers()):
-            mine.copy_(theirs)
-
-
-class Learner:
-    """A phase of a task with its optimiser, its average and its wrapped module."""
-
-    def __init__(self, task: Task, phase: Phase, accelerator: Accelerator, total: int, compiled: bool):
-        self.task, self.phase, self.accelerator, self.total = task, phase, accelerator, total
-        self.key = f"{task.name}.{phase.name}"
-        phase.module.to(accelerator.device)
-        self.ema = EMA(phase.module, phase.ema) if phase.ema is not None else None
-        if compiled:
-            phase.module.compile()
-        trainable = [p for p in phase.module.parameters() if p.requires_grad]
-        optim = phase.optim
-        self.optimizer = torch.optim.AdamW(
-            trainable, optim.lr, tuple(optim.betas), optim.eps, optim.weight_decay, fused=True
-        )
-        phase.forward = self.wrapped = accelerator.prepare_model(phase.module)
-
-    def step(self, micro_batches: list[dict], plan: list[list[int]], images: int) -> dict[str, Tensor | float]:
-        """One optimiser step on all micro-batches; returns the mean terms, still on the device."""
-        total: dict[str, Tensor] = {}
-        self.task.begin(self.phase.name)
-        for i, (batch, counters) in enumerate(zip(micro_batches, plan)):
-            rng = PictureRNG(counters, self.task.seed, self.key, device=self.accelerator.device)
-            last = i == len(plan) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                terms = self.task.loss(self.phase.name, batch, rng, images)
-                (terms["loss"] / len(plan)).backward()
-            for name, value in terms.items():
-                total[name] = total.get(name, 0.0) + value.detach() / len(plan)
-        self.task.end(self.phase.name, lambda x: self.accelerator.reduce(x, "mean"))
-        done = images + len(plan) * len(plan[0]) * self.accelerator.num_processes
-        total["lr"] = learning_rate(self.phase.optim, done - self.phase.start, self.total - self.phase.start)
-        total["grad_norm"] = self.update(total["lr"])
-        return total
-
-    def update(self, rate: float) -> Tensor:
-        """Clip, step, average; returns the gradient norm before clipping."""
-        group = self.optimizer.param_groups[0]
-        group["lr"] = rate
-        limit = self.phase.optim.clip
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], limit if limit > 0 else math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.phase.module)
-        return norm
-
-
-class Window:
-    """Means of logged terms over some steps; nothing leaves the device before they are asked for.
-
-    A term of two numbers is a sum and a count, whose ratio is logged.
-    """
-
-    def __init__(self):
-        self.steps, self.sums, self.counts = 0, {}, {}
-
-    def add(self, logs: dict[str, Tensor | float]) -> None:
-        self.steps += 1
-        for name, value in logs.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self, device: torch.device) -> dict[str, Tensor]:
-        return {
-            name: torch.as_tensor(total / self.counts[name], device=device, dtype=torch.float32)
-            for name, total in self.sums.items()
-        }
-
-
-def finished(means: dict[str, Tensor]) -> dict[str, float]:
-    """Means as numbers; a (sum, count) as its ratio, and left out where the count is 0."""
-    values = {name: mean.tolist() for name, mean in means.items()}
-    pairs = {name: pair for name, pair in values.items() if isinstance(pair, list)}
-    ratios = {name: total / count for name, (total, count) in pairs.items() if count}
-    return {name: ratios.get(name, value) for name, value in values.items() if name in ratios or name not in pairs}
+from umm.tasks.base import Task
 
 
 class Trainer:
@@ -165,12 +52,11 @@ class Trainer:
         if self.main:
             check_data(self.run, self.data)
         fit_normalizer(self.space, config, self.data, self.run, self.accelerator)
-        self.tasks = [find("tasks", config.task)(config, self.space, open_source(config, "val"))]
-        self.learners = {
-            task.name: [Learner(task, phase, self.accelerator, self.images_at(self.steps), self.settings.compile)
-                        for phase in task.phases]
-            for task in self.tasks
-        }  # fmt: skip
+        self.task = find("tasks", config.task)(config, self.space, open_source(config, "val"))
+        self.tasks = self.task.members()
+        self.views = {task.name: task.view(self.data) for task in self.tasks}
+        total, compiled = self.images_at(self.steps), self.settings.compile
+        self.learners = [Learner(group, self.accelerator, total, compiled) for group in self.task.groups()]
         self.step = self.resume()
         self.first_bad = torch.tensor(self.steps, device=self.device)  # first step with a non-finite term
         self.stop_signal: int | None = None
@@ -195,12 +81,13 @@ class Trainer:
         with self.signals(), Progress(self.images_at(self.steps), self.images_at(self.step), self.main) as progress:
             waited, started, window = 0.0, time.perf_counter(), Window()
             while self.step < self.steps and not self.told_to_stop():
-                logs: dict[str, Tensor] = {}
-                for task in self.tasks:
-                    before = time.perf_counter()
-                    micro_batches = [next(feeds[task.name]) for _ in range(self.settings.accumulate)]
-                    waited += time.perf_counter() - before
-                    logs |= self.train_task(task, micro_batches)
+                before = time.perf_counter()
+                micro_batches = {
+                    task.name: [next(feeds[task.name]) for _ in range(self.settings.accumulate)]
+                    for task in self.at_work()
+                }
+                waited += time.perf_counter() - before
+                logs = self.train_step(micro_batches)
                 self.step += 1
                 self.guard(logs)
                 window.add(logs)
@@ -210,6 +97,11 @@ class Trainer:
                 self.due()
                 progress.advance(self.settings.batch_size)
         return self.finish() if self.step == self.steps else self.stop()
+
+    def at_work(self) -> list[Task]:
+        """The tasks that take part in the present step."""
+        images = self.images_at(self.step)
+        return [t for t in self.tasks if t.window[0] <= images and (t.window[1] is None or images < t.window[1])]
 
     def told_to_stop(self) -> bool:
         """Has a signal come? Several processes agree on it, now and then, so that all leave at the same step."""
@@ -221,16 +113,16 @@ class Trainer:
             return self.stop_signal is not None
         return False
 
-    def train_task(self, task: Task, micro_batches: list[dict]) -> dict[str, Tensor]:
-        """All phases of one task on the same pictures."""
-        images, plan = self.images_at(self.step), self.plan(self.step)
-        for batch in micro_batches:
+    def train_step(self, micro_batches: dict[str, list[dict]]) -> dict[str, Tensor]:
+        """A step of every learner whose time has come, on the same micro-batches of each task."""
+        images, plans = self.images_at(self.step), {task.name: self.plan(self.step, task) for task in self.at_work()}
+        for batch in itertools.chain(*micro_batches.values()):
             self.add_latents(batch)
         logs = {}
-        for learner in self.learners[task.name]:
-            if images >= learner.phase.start:
-                terms = learner.step(micro_batches, plan, images)
-                logs |= {f"{learner.key}.{name}": value for name, value in terms.items()}
+        for learner in self.learners:
+            here = any(turn.task.name in micro_batches for turn in learner.group.turns)
+            if here and images >= learner.phase.start:
+                logs |= learner.step(micro_batches, plans, images)
         return logs
 
     @torch.no_grad()
@@ -240,16 +132,20 @@ class Trainer:
             with self.accelerator.autocast():
                 batch["latent"] = self.space.raw(batch["image"]).float()
 
-    def plan(self, step: int) -> list[list[int]]:
+    def plan(self, step: int, task: Task) -> Plan:
+        """Positions in a task's own order, which begins where its window does."""
         settings, accelerator = self.settings, self.accelerator
+        step -= task.window[0] // settings.batch_size
         return positions(
             step, settings.batch_size, settings.accumulate, accelerator.process_index, accelerator.num_processes
         )
 
     def feed(self, task: Task) -> Iterator[dict]:
         """Batches from the present step on, loaded ahead."""
-        feed = Feed(self.data, self.config.seed, task.name, self.config.data.flip, task.keys)
-        plan = [part for step in range(self.step, self.steps) for part in self.plan(step)]
+        feed = Feed(self.views[task.name], self.config.seed, task.name, self.config.data.flip, task.keys)
+        first, last = (edge // self.settings.batch_size if edge else edge for edge in task.window)
+        steps = range(max(self.step, first), self.steps if last is None else last)
+        plan = [part for step in steps for part in self.plan(step, task)]
         return batches(feed, plan, self.accelerator.num_processes, self.settings.workers, self.device)
 
     def every(self, interval: int, steps: bool = False) -> bool:
@@ -266,22 +162,25 @@ class Trainer:
             self.save()
         if self.main and (self.every(settings.sample_every) or last):
             for task in self.tasks:
-                task.sample(self.averaged(task), self.run.folder / "samples" / f"{self.images_at(self.step):09d}.png")
+                name = f"{self.images_at(self.step):09d}" + (f"-{task.name}" if len(self.tasks) > 1 else "")
+                task.sample(self.averaged(task), self.run.folder / "samples" / f"{name}.png")
         if self.every(settings.evaluate_every) and not last:
             self.evaluate()
 
     def averaged(self, task: Task) -> dict[str, nn.Module]:
-        """The weights a task is judged by: the average of each phase that keeps one, else the weights themselves."""
+        """The weights a task is judged by, {phase: module}."""
         return {
-            learner.phase.name: learner.ema.module if learner.ema else learner.phase.module
-            for learner in self.learners[task.name]
+            turn.phase: turn.pick(learner.averaged)
+            for learner in self.learners
+            for turn in learner.group.turns
+            if turn.task is task
         }
 
     def model(self) -> UnifiedModel:
         heads, facts = {}, {}
         for task in self.tasks:
             heads |= task.heads(self.averaged(task))
-            facts |= task.facts()
+            facts = merged(facts, task.facts())
         return UnifiedModel(self.space, heads, facts)
 
     def evaluate(self) -> None:
@@ -322,9 +221,12 @@ class Trainer:
         """The first pictures of a step on this process, by id."""
         if getattr(self.data, "streaming", False):
             return "in a stream"
-        feed = Feed(self.data, self.config.seed, self.tasks[0].name)
-        numbers = [position for part in self.plan(step) for position in part]
-        ids = [self.data[feed.index(position)]["id"] for position in numbers[:shown]]
+        images = self.images_at(step)
+        task = next(t for t in self.tasks if t.window[1] is None or images < t.window[1])
+        data = self.views[task.name]
+        feed = Feed(data, self.config.seed, task.name)
+        numbers = [position for part in self.plan(step, task) for position in part]
+        ids = [data[feed.index(position)]["id"] for position in numbers[:shown]]
         return f"pictures {', '.join(ids)}{' ...' if len(numbers) > shown else ''}"
 
     def log(self, window: Window, seconds: float, waited: float, progress: Progress) -> None:
@@ -351,7 +253,7 @@ class Trainer:
         weights, averages = {}, {}
         tasks = {task.name: task.state_dict() for task in self.tasks}
         state = {"step": self.step, "optimizers": {}, "averaged": {}, "tasks": tasks}
-        for learner in self.all_learners():
+        for learner in self.learners:
             weights |= prefixed(learner.key, learner.phase.module.state_dict())
             averages |= prefixed(learner.key, learner.ema.module.state_dict()) if learner.ema else {}
             state["optimizers"][learner.key] = learner.optimizer.state_dict()
@@ -369,7 +271,7 @@ class Trainer:
             weights = load_file(folder / "model.safetensors")
             averages = load_file(folder / "ema.safetensors")
             state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        for learner in self.all_learners():
+        for learner in self.learners:
             learner.phase.module.load_state_dict(unprefixed(learner.key, weights))
             if learner.ema:
                 learner.ema.module.load_state_dict(unprefixed(learner.key, averages))
@@ -380,9 +282,6 @@ class Trainer:
         if self.main:
             self.run.rewind(state["step"])
         return state["step"]
-
-    def all_learners(self) -> list[Learner]:
-        return [learner for learners in self.learners.values() for learner in learners]
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -409,9 +308,7 @@ class Trainer:
         """Write model/ with the averaged weights."""
         folder = self.run.folder / "model"
         if self.main:
-            heads = {}
-            for task in self.tasks:
-                heads |= task.head_settings()
+            heads = self.task.head_settings()
             described = {"latent": OmegaConf.to_container(self.config.latent), "heads": heads}
             self.model().save(folder, OmegaConf.create(described))
             self.run.note(finished=now(), images=self.images_at(self.steps))
@@ -436,6 +333,12 @@ def start_accelerator(config: DictConfig) -> Accelerator:
         flat = {key: str(value) for key, value in flatten(config)}
         accelerator.init_trackers(Path(config.run).name, config=flat)
     return accelerator
+
+
+def merged(facts: dict, more: dict) -> dict:
+    """Facts of two tasks; what is a dictionary in both is merged."""
+    both = {key: facts[key] | more[key] for key in facts.keys() & more.keys() if isinstance(more[key], dict)}
+    return facts | more | both
 
 
 def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

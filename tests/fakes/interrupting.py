@@ -12,15 +12,15 @@ from umm.train import Trainer
 
 @contextlib.contextmanager
 def interrupted_after(steps: int) -> Iterator[None]:
-    """Training inside the block takes `steps` steps of a one-task run and is interrupted in the next."""
-    original, calls = Trainer.train_task, []
+    """Training inside the block takes `steps` steps and is interrupted in the next."""
+    original, calls = Trainer.train_step, []
 
-    def stop(self, task, micro_batches):
+    def stop(self, micro_batches):
         calls.append(1)
         if len(calls) > steps:
             raise KeyboardInterrupt
-        return original(self, task, micro_batches)
+        return original(self, micro_batches)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train_task", stop)
+        patch.setattr(Trainer, "train_step", stop)
         yield

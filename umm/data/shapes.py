@@ -1,6 +1,7 @@
 """Procedural scenes with label, caption, mask and questions that agree because they come from one description.
 
-A scene holds one large object and up to three small ones that never overlap. Its class is the shape of the large one.
+A scene holds one large object and some small ones that never overlap. Its class is the shape of the large one, or
+what `label` says instead.
 Scene i of a split is a function of (seed, split, i), `max_objects` and `textured`; nothing is stored.
 """
 
@@ -11,7 +12,7 @@ import dataclasses
 import torch
 
 from umm.data._scene_text import caption, questions
-from umm.data._scenes import SHAPES, VERSION, Dice, Scene, draw_scene, sample_scene
+from umm.data._scenes import COLOURS, SHAPES, VERSION, Dice, Scene, draw_scene, sample_scene
 from umm.data.base import DataSource, check_split
 from umm.errors import ConfigError
 from umm.rng import derive_seed
@@ -27,7 +28,9 @@ class ShapesSource(DataSource):
         check_split(split)
         _check(config)
         self.config, self.split = config, split
-        self.image_size, self.classes = config.image_size, list(SHAPES)
+        counts = [str(count) for count in range(1, config.max_objects + 1)]
+        self.image_size = config.image_size
+        self.classes = {"shape": SHAPES, "colour": list(COLOURS), "count": counts}[config.label]
         number = getattr(config, split)
         number = number if config.limit is None else min(number, config.limit)
         self.ids = [f"{config.seed}/{split}/{index:06d}" for index in range(number)]
@@ -57,16 +60,22 @@ class ShapesSource(DataSource):
         return {
             "image": torch.from_numpy(image).permute(2, 0, 1).contiguous(),  # (3, S, S)
             "id": self.ids[index],
-            "label": scene.label,
+            "label": self.label(scene),
             "caption": caption(scene),
             "mask": torch.from_numpy(mask),
             "questions": questions(scene, dice, self.config.questions),
         }
 
+    def label(self, scene: Scene) -> int:
+        """Index in `classes` of the shape or the colour of the large object, or of the number of objects."""
+        large, count = scene.things[0], str(len(scene.things))
+        return self.classes.index({"shape": large.shape, "colour": large.colour, "count": count}[self.config.label])
+
     def identity(self) -> dict[str, object]:
         settings = dataclasses.asdict(self.config)
         keep = ("name", "image_size", "seed", "max_objects", "textured", "questions")
-        return {key: settings[key] for key in keep} | {"version": VERSION, "split": self.split, "items": len(self)}
+        facts = {key: settings[key] for key in keep} | {"version": VERSION, "split": self.split, "items": len(self)}
+        return facts if settings["label"] == "shape" else facts | {"label": settings["label"]}
 
 
 def _check(config: ShapesSettings) -> None:
