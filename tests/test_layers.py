@@ -25,6 +25,7 @@ ORDER = [
     ["umm.interop"],
     ["umm.tasks.base"],
     ["umm.tasks"],
+    ["umm.learner"],
     ["umm.train"],
     ["umm.evaluate", "umm.sample_run"],
     ["umm.subjects", "umm.probing", "umm.questions"],
