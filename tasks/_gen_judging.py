@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from umm import flow
-from umm.build import open_source, settings_of
+from umm.build import judged_data, open_source, settings_of
 from umm.data.base import DataSource, collate
 from umm.errors import ConfigError, DataError
 from umm.judging import Judges, Records, share_of
@@ -79,9 +79,10 @@ class Exam:
         self.model, self.config, self.accelerator = model, config, accelerator
         self.settings, self.device = settings_of(config.eval), accelerator.device
         self.drawer = Drawer.of(model, self.settings.sampler)
-        self.real, self.train = open_source(config, self.settings.split), open_source(config, "train")
-        if self.real.streaming or self.train.streaming:
-            raise DataError("an evaluation needs to count its pictures: set data.streaming=false, or use a local copy.")
+        self.real, self.train = (
+            judged_data(config, model.space, open_source(config, split), accelerator)
+            for split in (self.settings.split, "train")
+        )
         self.total = min(len(self.real), self.settings.images or len(self.real))
         if self.total < 2:
             raise DataError(f"the {self.settings.split} split has {self.total} pictures: choose another, eval.split.")
@@ -106,14 +107,18 @@ class Exam:
         judges.stores["latents"] = FeatureStore(self.space)
         return judges
 
-    def pictures(self, source: DataSource, total: int, what: str) -> Iterator[tuple[list[int], Tensor, list[str]]]:
-        """(numbers, pictures (B, 3, H, W), ids) of this process's share; labels are noted down."""
+    def pictures(
+        self, source: DataSource, total: int, what: str
+    ) -> Iterator[tuple[list[int], Tensor, Tensor, list[str]]]:
+        """(numbers, pictures (B, 3, H, W), latents, ids) of this process's share; labels are noted down."""
         with Progress(total, enabled=self.accelerator.is_main_process, what=what) as progress:
             for indices in share_of(total, self.accelerator, self.settings.batch_size):
                 items = [source[i] for i in indices]
                 self.labels |= {item["id"]: item["label"] for item in items if "label" in item}
-                batch = collate([{key: item[key] for key in ("image", "id")} for item in items])
-                yield indices, to_device(batch["image"], self.device), batch["id"]
+                keys = [key for key in ("image", "latent", "id") if key in items[0]]
+                batch = collate([{key: item[key] for key in keys} for item in items])
+                batch = {key: to_device(value, self.device) for key, value in batch.items()}
+                yield indices, batch["image"], self.model.latents_of(batch), batch["id"]
                 progress.advance(len(indices) * self.accelerator.num_processes)
 
     def see(
@@ -127,14 +132,19 @@ class Exam:
                 store.update(side, images, ids)
 
     def see_real(self) -> None:
-        for _, images, ids in self.pictures(self.real, self.total, "real pictures"):
-            self.see("real", images, self.model.encode(images), ids)
+        for _, images, latents, ids in self.pictures(self.real, self.total, "real pictures"):
+            self.see("real", images, latents, ids)
 
     def see_training(self) -> None:
-        """Not in spaces related to the encoder: there, a network reads many pictures for little."""
+        """For the probe and the nearest neighbours, where either is asked for.
+
+        Not in spaces related to the encoder: there, a network reads many pictures for little.
+        """
+        if not self.drawer.dit.num_classes and Nearest.name not in self.settings.metrics:
+            return
         total = min(len(self.train), self.settings.train_images)
-        for _, images, ids in self.pictures(self.train, total, "training pictures"):
-            self.see("train", images, self.model.encode(images), ids, but=self.excluded)
+        for _, images, latents, ids in self.pictures(self.train, total, "training pictures"):
+            self.see("train", images, latents, ids, but=self.excluded)
 
     def see_samples(self) -> None:
         with Progress(self.total, enabled=self.accelerator.is_main_process, what="sampling") as progress:
@@ -207,8 +217,7 @@ class Exam:
         stores = {sigma: {name: FeatureStore(store.space, keep_rows=False) for name, store in real.items()}
                   for sigma in self.settings.noises}  # fmt: skip
         psnr = {sigma: PSNR() for sigma in self.settings.noises}
-        for indices, images, ids in self.pictures(self.real, self.total, "decoding noise"):
-            latents = self.model.encode(images)
+        for indices, images, latents, ids in self.pictures(self.real, self.total, "decoding noise"):
             eps = PictureRNG(indices, self.config.seed, "decode noise").randn(*latents.shape[1:]).to(latents)
             for sigma in self.settings.noises:
                 drawn = self.model.decode(latents + sigma * eps)

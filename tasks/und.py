@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from umm import flow
-from umm.build import open_source, settings_of
+from umm.build import judged_data, open_source, settings_of
 from umm.data.base import DataSource, collate
 from umm.errors import DataError
 from umm.heads.attentive import AttentiveReader
@@ -161,6 +161,7 @@ class Und(Task):
         return {"und": {"trunk": trunk}}
 
     @staticmethod
+    @torch.no_grad()
     def evaluate(model: UnifiedModel, config: DictConfig, accelerator: Accelerator) -> Records:
         """Accuracy on `eval.split` with its interval, the recall of every class, and what classes are mistaken for.
 
@@ -170,14 +171,16 @@ class Und(Task):
         """
         if config.und.kind != "classify":
             return Answering.evaluate(model, config, accelerator)
-        classes, source = model.head("und").classes, open_source(config, config.eval.split)
+        classes = model.head("und").classes
+        source = judged_data(config, model.space, open_source(config, config.eval.split), accelerator)
         check_classes(source, classes)
         total = min(len(source), config.eval.images or len(source))
         answers: list[tuple[str, int, int]] = []  # id, class, answer
         with Progress(total, enabled=accelerator.is_main_process, what="judging") as progress:
             for indices in share_of(total, accelerator, config.eval.batch_size):
                 batch = collate([labelled(source[i]) for i in indices])
-                guess = model.classify(to_device(batch["image"], accelerator.device)).argmax(1)
+                pictures = {key: to_device(value, accelerator.device) for key, value in batch.items()}
+                guess = model.class_logits(model.latents_of(pictures)).argmax(1)
                 answers += zip(batch["id"], batch["label"].tolist(), guess.tolist())
                 progress.advance(len(indices) * accelerator.num_processes)
         if accelerator.num_processes > 1:
@@ -186,8 +189,6 @@ class Und(Task):
 
 
 def check_classes(source: DataSource, classes: list[str]) -> None:
-    if source.streaming:
-        raise DataError("an evaluation needs to count its pictures: set data.streaming=false, or use a local copy.")
     if len(source) == 0:
         raise DataError(f"the {source.split} split has no pictures: choose another with eval.split.")
     if source.classes is not None and list(source.classes) != list(classes):
@@ -200,7 +201,7 @@ def check_classes(source: DataSource, classes: list[str]) -> None:
 def labelled(item: dict) -> dict:
     if "label" not in item:
         raise DataError(f"picture '{item['id']}' has no label: classes cannot be judged without.")
-    return {key: item[key] for key in ("image", "label", "id")}
+    return {key: item[key] for key in ("image", "latent", "label", "id") if key in item}
 
 
 def class_records(answers: list[tuple[str, int, int]], classes: list[str]) -> Records:

@@ -155,7 +155,7 @@ def test_two_processes_train_a_shared_trunk_like_one(joint, tmp_path):
 
 def test_the_log_says_how_the_gradients_agree(joint, tmp_path):
     rows = run_of("joint", tmp_path / "run", joint, "train.log_every=1").read_log()
-    assert all(-1 <= row["joint.trunk.cosine"] <= 1 and row["joint.trunk.norm_ratio"] > 0 for row in rows)
+    assert all(-1 <= row["joint.trunk.cosine"] <= 1 and 0 < row["joint.trunk.norm_share"] <= 1 for row in rows)
     assert {"gen.dit.loss", "gen.dit.grad_norm", "und.trunk.loss", "und.trunk.grad_norm"} <= rows[0].keys()
     rows = run_of("joint", tmp_path / "stopped", joint, "joint.stop=[und]").read_log()
     assert "joint.trunk.cosine" not in rows[0]
@@ -211,6 +211,10 @@ def test_a_joint_model_samples_classifies_and_is_judged(common, joint, tmp_path)
     assert "accuracy" in table and "fd" in table
     found = json.loads((run.folder / "eval" / "val.json").read_text())["numbers"]
     assert {"accuracy", "fd"} <= {row["metric"] for row in found}
+    evaluate_run(str(run.folder), ["eval.cached=true"])
+    cached = json.loads((run.folder / "eval" / "val.json").read_text())["numbers"]
+    for one, other in zip(found, cached):
+        assert one["metric"] == other["metric"] and one["value"] == pytest.approx(other["value"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(

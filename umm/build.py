@@ -48,12 +48,42 @@ def open_source(config: DictConfig, split: str) -> DataSource:
 def training_data(config: DictConfig, space: LatentSpace, accelerator: Accelerator):
     """The training pictures, or their latent cache where the run has one (made here if need be)."""
     source = open_source(config, "train")
+    check_trained(config, space)
     if config.cache.dir is None:
         return source
+    if space.stages or not space.per_picture:
+        reason = "are trained now" if space.stages else "depend on their batch"
+        raise ConfigError(f"latents of {config.latent.name} cannot be cached, they {reason}: set cache.dir=null.")
     if config.data.crop != "center":
         raise ConfigError("a latent cache holds centre crops: set data.crop=center, or cache.dir=null.")
     if config.data.flip and not config.cache.flip:
         raise ConfigError("data.flip=true on cached latents needs the mirrored ones too: set cache.flip=true.")
+    return open_cache(config, space, source, accelerator)
+
+
+def check_trained(config: DictConfig, space: LatentSpace) -> None:
+    """Refuse to read latents off networks that nobody has trained."""
+    if space.stages and config.task != "recon":
+        name = config.latent.name
+        raise ConfigError(
+            f"{name} has networks to train: umm train --task recon latent.name={name} run=<folder>, then "
+            "latent.weights=<folder>."
+        )
+
+
+def judged_data(config: DictConfig, space: LatentSpace, source: DataSource, accelerator: Accelerator):
+    """The pictures of a split to judge, or with `eval.cached` their latent cache.
+
+    Raises:
+        DataError: they cannot be counted.
+        ConfigError: there is no place for a cache.
+    """
+    if source.streaming:
+        raise DataError("an evaluation needs to count its pictures: set data.streaming=false, or use a local copy.")
+    if not config.eval.cached:
+        return source
+    if config.cache.dir is None:
+        raise ConfigError("eval.cached=true needs a place for the latents: set cache.dir=<folder>, or cache.dir=auto.")
     return open_cache(config, space, source, accelerator)
 
 
@@ -120,8 +150,12 @@ def cache_command(config: DictConfig, split: str, verify: bool) -> str:
 
 
 def fit_normalizer(space: LatentSpace, config: DictConfig, data, run: Run, accelerator: Accelerator) -> None:
-    """Give the space its statistics: imported ones, the cache's, or measured on `latent.stats_images` pictures."""
-    if space.normalizer.fitted:
+    """Give the space its statistics: imported ones, the cache's, or measured on `latent.stats_images` pictures.
+
+    A space in training gets them from its task, in the end.
+    """
+    check_trained(config, space)
+    if space.normalizer.fitted or space.stages:
         return
     if isinstance(data, cache.LatentCache):
         space.normalizer.fit(data.stats)

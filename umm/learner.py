@@ -162,7 +162,7 @@ class Learner:
         if len(parts) > 1 and all(part is not None for part in parts):
             norms = [part.norm() for part in parts]
             logs["cosine"] = parts[0] @ parts[1] / (norms[0] * norms[1]).clamp_min(1e-30)
-            logs["norm_ratio"] = norms[1] / norms[0].clamp_min(1e-30)
+            logs["norm_share"] = norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)  # the second task's
             if self.group.balance:
                 weights[1:] = [w * norms[0] / norm.clamp_min(1e-30) for w, norm in zip(weights[1:], norms[1:])]
         for parameter, mine in zip(self.parameters, zip(*gradients)):

@@ -71,6 +71,11 @@ class UnifiedModel(nn.Module):
         return self.space.encode(images.to(self.device))
 
     @torch.no_grad()
+    def latents_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """Standardised latents of a batch on the device, which holds raw ones ("latent") or pictures only ("image")."""
+        return self.space.normalizer(batch["latent"]) if "latent" in batch else self.encode(batch["image"])
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Standardised latents -> images, clamped to [0, 1]."""
         if tuple(latents.shape[1:]) != self.spec.shape:
@@ -147,6 +152,7 @@ class UnifiedModel(nn.Module):
         """Write model/: settings of the space and the heads, their weights, the statistics.
 
         The frozen encoder is not copied: its weights are named by their sha256 and checked when the model is loaded.
+        What a space has trained itself is: `space.safetensors`.
 
         Args:
             config: {"latent": settings, "heads": {name: {"settings": ..., "facts": ...}}}.
@@ -155,12 +161,16 @@ class UnifiedModel(nn.Module):
         partial = folder.with_name(f".{folder.name}.partial")
         described = OmegaConf.merge(config, {"umm": __version__, "facts": self.facts})
         described["identity"] = json.dumps(self.space.identity(), sort_keys=True)
+        if self.space.settings is not None:
+            described["latent"] = OmegaConf.structured(self.space.settings)
         with writing(folder, "the model", cleanup=partial):
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             partial.mkdir(parents=True)
             for name, head in self.heads.items():
                 save_file(contiguous(head.state_dict()), partial / f"{name}.safetensors")
             save_file(contiguous(self.space.normalizer.state_dict()), partial / "normalizer.safetensors")
+            if state := self.space.own_state():
+                save_file(contiguous(state), partial / "space.safetensors")
             write_atomic(partial / "config.yaml", OmegaConf.to_yaml(described))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -177,6 +187,9 @@ class UnifiedModel(nn.Module):
         config = read_config(folder)
         schema = OmegaConf.structured(choice_settings("latent", config.latent.name))
         space = find("latents", config.latent.name).from_config(OmegaConf.merge(schema, config.latent))
+        if space.settings is not None:
+            with reading(folder / "space.safetensors", AGAIN):
+                space.load_own_state(load_file(folder / "space.safetensors"))
         check_identity(space, json.loads(config.identity), folder)
         with reading(folder / "normalizer.safetensors", AGAIN):
             space.normalizer.load_state_dict(load_file(folder / "normalizer.safetensors"))

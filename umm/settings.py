@@ -8,7 +8,7 @@ part (a dotted import path) brings its own `Config` beside the class. Defaults a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -142,6 +142,25 @@ class TimmSettings(EncoderSettings):
 
 
 @dataclass
+class VAESettings(LatentSettings):
+    """A VAE of diffusers' AutoencoderKL family: a published one, or one of `widths` trained here."""
+
+    name: str = "vae"
+    weights: str | None = None  # hub id or folder in diffusers' layout, or a finished recon run; None: untrained
+    subfolder: str | None = None  # of the hub's repository, e.g. vae
+    revision: str | None = None
+    image_size: int = 256
+    # scalar: the published scaling and shift factors; channel: the published means and deviations where there are such;
+    # else measured on the training data, as everywhere
+    normalizer: Literal["none", "scalar", "channel", "position", "sphere"] = "scalar"
+    posterior: Literal["mean", "sample"] = "mean"  # sample: one draw a picture, seeded by its pixels
+    channels: int = 4  # this and the rest for weights=null only
+    widths: list[int] = field(default_factory=lambda: [32, 64, 128, 128])  # channels of a level, each half the size
+    blocks: int = 1  # residual blocks a level
+    kl: float = 1e-6  # weight of the KL's sum over a latent, beside losses that are means over pixels
+
+
+@dataclass
 class PretrainedSettings:
     """The pretrained encoder inside a space that trains networks of its own."""
 
@@ -230,6 +249,27 @@ class VFMVAESettings(TrainedSettings):
     equivariance: float = 0.5  # share of micro-batches drawn shrunk and turned
     lengths: list[float] = field(default_factory=lambda: [5.0, 15.0, 20.0, 1.0])  # warm, align, relax, refine
     decoder: PyramidSettings = field(default_factory=PyramidSettings)
+
+
+@dataclass
+class PixelsSettings(LatentSettings):
+    """Square patches of pixels as tokens: no encoder at all, the control of every comparison."""
+
+    name: str = "pixels"
+    image_size: int = 256
+    patch: int = 16  # pixels along a token's side
+
+
+@dataclass
+class PCASettings(LatentSettings):
+    """The leading principal components of another space's tokens."""
+
+    name: str = "pca"
+    normalizer: Literal["none", "scalar", "channel", "position", "sphere"] = "scalar"  # keeps the components' sizes
+    image_size: int = 256  # of the base too
+    components: int = 64  # channels kept
+    base: dict[str, Any] = field(default_factory=dict)  # settings of that space: {name: dinov2, layers: [-1]}
+    basis: str | None = None  # pca.safetensors of umm diagnose on that space; a saved model holds its own
 
 
 # ---------------------------------------------------------------------------------------------------------- cache
@@ -409,8 +449,9 @@ class DiTSettings:
 class RepaSettings:
     """Trunk tokens after `dit.repa_depth` blocks aligned by cosine with clean ones (REPA, arXiv 2410.06940, eq. 7)."""
 
-    weight: float = 0.0  # 0: off; REPA: 0.5
-    target: Literal["features", "latent"] = "features"  # the encoder's patch features (needs pictures), or raw latents
+    weight: float = 0.0  # REPA: 0.5; 0 with a projector: the misalignment is logged and trains nothing
+    target: Literal["features", "latent"] = "features"  # an encoder's patch features (needs pictures), or raw latents
+    encoder: PretrainedSettings | None = None  # whose features, e.g. DINOv2's for a VAE; None: the latent space's own
 
 
 @dataclass
@@ -598,6 +639,7 @@ class EvalSettings:
     split: Literal["val", "test"] = "val"
     images: int | None = None  # at most so many; None: the split
     batch_size: int = 64
+    cached: bool = False  # gen, und: read the judged pictures' latents from a cache as `cache` says, made on first use
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips", "bands", "fd", "kid", "prdc"])
     features: list[str] = field(default_factory=lambda: ["inception"])  # spaces for the set metrics
     neighbors: int = 5  # k of precision, recall, density, coverage
