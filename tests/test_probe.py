@@ -181,8 +181,22 @@ def test_wilsons_interval_is_scipys(correct, n):
 def test_mcnemar_counts_the_discordant_items_only():
     first = [1, 1, 1, 1, 1, 1, 1, 0, 1, 0]
     second = [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
-    assert mcnemar(first, second) == (7, 1, pytest.approx(2 * (1 + 8) / 2**8))
-    assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
+    alone = [str(i) for i in range(10)]
+    assert mcnemar(first, second, alone) == (7, 1, pytest.approx(2 * (1 + 8) / 2**8))
+    assert mcnemar([1, 0], [1, 0], ["a", "b"]) == (0, 0, 1.0)
+
+
+def test_mcnemar_of_several_questions_a_picture_counts_pictures():
+    """Answers of one picture that agree are one observation: asking everything twice makes nothing more certain."""
+    from scipy.stats import chi2
+
+    draw = np.random.default_rng(0)
+    first, second = (draw.random((2, 60)) < 0.7).astype(float)
+    pictures = [str(i) for i in range(60)]
+    only_first, only_second, p = mcnemar(np.tile(first, 2), np.tile(second, 2), pictures * 2)
+    b, c = only_first // 2, only_second // 2
+    assert b + c > 10 and p == pytest.approx(chi2.sf((b - c) ** 2 / (b + c), 1)), "the test without its correction"
+    assert mcnemar([1, 0], [0, 1], ["a", "a"]) == (1, 1, 1.0)
 
 
 def test_questions_of_one_picture_count_as_one():
@@ -312,6 +326,8 @@ def test_limit_takes_fewer_pictures_and_says_what_that_means(tmp_path):
         (["data.empty=true"], r"class 'nobody' has no training picture \(1 of 4 classes\)"),
         (["data.labels=false"], r"have no labels.*data\.columns"),
         (["probe.holdout=0"], r"probe\.holdout=0"),
+        (["probe.rates=[]"], r"probe\.rates is empty"),
+        (["probe.batch_size=0"], r"'probe\.batch_size' .* must be at least 1"),
         (["data.image_size=20"], r"data.image_size=20 but latent.image_size=16"),
     ],
 )
@@ -404,6 +420,10 @@ def test_compare_refuses_other_items_and_unknown_tasks(tmp_path):
         compare_runs(f"{tmp_path / 'a'}#latent/kn", str(tmp_path / "b"))
     with pytest.raises(UmmError, match="give the --out folder"):
         compare_runs(str(tmp_path / "c"), str(tmp_path / "a"))
+    with (tmp_path / "b" / "samples.jsonl").open("a") as file:
+        file.write('{"task": "late')
+    with pytest.raises(UmmError, match="was cut off: give the command"):
+        compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_the_command_line_prints_one_line_for_an_error(tmp_path):

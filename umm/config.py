@@ -55,6 +55,24 @@ BOUNDS = {
     "recon.noise": (0, None),
     "joint.weights.*": (0, None),
     "und.limit": (1, None),
+    "und.vqa.width": (1, None),
+    "und.vqa.heads": (1, None),
+    "und.vqa.answers": (2, None),
+    "und.llm.merge": (1, None),
+    "und.llm.max_answer": (2, None),
+    "und.llm.lora.rank": (0, None),
+    "und.llm.tiny.steps": (0, None),
+    "und.llm.tiny.lr": (0, None),
+    "und.llm.tiny.*": (1, None),
+    "probe.holdout": (0, 1),
+    "probe.rates": (0, None),
+    "probe.token_rates": (0, None),
+    "probe.token_decay": (0, None),
+    "probe.temperature": (1e-6, None),
+    "probe.batch_size": (1, None),
+    "probe.steps": (1, None),
+    "probe.token_steps": (1, None),
+    "probe.neighbors": (1, None),
     "*.ema": (0, 1),
     "*.optim.lr": (0, None),
     "*.optim.final_lr": (0, None),
@@ -85,7 +103,7 @@ def load(task: str, file: str | Path | None = None, overrides: Sequence[str] = (
     """The resolved configuration of a run.
 
     Args:
-        task: recon, gen or und.
+        task: recon, gen, und, joint, or the import path of your own.
         file: YAML that differs from the defaults.
         overrides: `key.sub=value`, the last word.
 
@@ -102,8 +120,7 @@ def combine(task: str, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
     Raises:
         ConfigError: as `load`.
     """
-    if task not in TASKS:
-        raise ConfigError(f"no task is called '{task}'.{nearest(task, TASKS)} There are: {', '.join(TASKS)}.")
+    sections_of(task)
     for source, layer in layers:
         if layer.get("task", task) != task:
             raise ConfigError(f"{source} is for task '{layer['task']}', not '{task}': use --task {layer['task']}.")
@@ -117,6 +134,19 @@ def combine(task: str, layers: Sequence[tuple[str, DictConfig]]) -> DictConfig:
     for source, layer in layers:
         check_values(config, layer, source)
     return config
+
+
+def sections_of(task: str) -> dict[str, type]:
+    """{section: dataclass} that only this task has; a task from outside has one, `Config`, under its file's name.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    if "." in task:
+        return {task.rpartition(".")[2]: find("tasks", task).Config}
+    if task not in TASKS:
+        raise ConfigError(f"no task is called '{task}'.{nearest(task, TASKS)} There are: {', '.join(TASKS)}.")
+    return TASKS[task]
 
 
 def check_values(config: DictConfig, layer: DictConfig, source: str) -> None:
@@ -142,8 +172,8 @@ def schema(task: str, layers: Sequence[tuple[str, DictConfig]] = ()) -> DictConf
     for section, (_, _, default) in CHOICES.items():
         name = chosen(section, layers) or default
         sections[section] = choice_settings(section, name)(name=name)
-    sections |= {name: cls() for name, cls in {**COMMON, **TASKS[task]}.items()}
-    values = {"task": task, "seed": 0, "run": f"runs/{task}", **sections}
+    sections |= {name: cls() for name, cls in {**COMMON, **sections_of(task)}.items()}
+    values = {"task": task, "seed": 0, "run": f"runs/{task.rpartition('.')[2]}", **sections}
     # the top level is a dataclass too, so that unknown sections are errors
     fields = [(key, type(value), dataclasses.field(default_factory=lambda v=value: v)) for key, value in values.items()]
     return OmegaConf.structured(dataclasses.make_dataclass("Run", fields))

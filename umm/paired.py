@@ -1,7 +1,7 @@
 """Intervals and paired tests for scores of items that belong to pictures, in float64 numpy.
 
-n items, c pictures (clusters), r resamples. Several items of one picture (questions) are not independent: everything
-here but McNemar's test resamples pictures, and a cluster brings all its items.
+n items, c pictures (clusters), r resamples. Several items of one picture (questions) are not independent: the unit of
+everything here is the picture, which brings all its items.
 """
 
 from __future__ import annotations
@@ -55,15 +55,23 @@ def clustered_error(scores, clusters: Sequence[str]) -> float:
     return math.sqrt(c / (c - 1) * float((residuals**2).sum())) / float(table[:, 1].sum())
 
 
-def mcnemar(first, second) -> tuple[int, int, float]:
-    """Items that only the first has right, only the second, and McNemar's exact two-sided p; scores are 0 or 1."""
-    from scipy.stats import binomtest
+def mcnemar(first, second, clusters: Sequence[str]) -> tuple[int, int, float]:
+    """Items that only the first has right, only the second, and McNemar's two-sided p; scores are 0 or 1.
+
+    Exact where every picture has one item; else Obuchowski's chi-squared, whose unit is the picture (Statistics in
+    Medicine 17, 1998, equation 4): (sum of d_k)^2 / sum of d_k^2, d_k the difference of the two counts in picture k.
+    """
+    from scipy.stats import binomtest, chi2
 
     first, second = np.asarray(first), np.asarray(second)
     only_first, only_second = int((first > second).sum()), int((second > first).sum())
     if only_first + only_second == 0:
         return 0, 0, 1.0
-    return only_first, only_second, float(binomtest(only_first, only_first + only_second, 0.5).pvalue)
+    if len(set(clusters)) == len(clusters):
+        return only_first, only_second, float(binomtest(only_first, only_first + only_second, 0.5).pvalue)
+    d = by_cluster(first - second, clusters)[:, 0]
+    p = float(chi2.sf(d.sum() ** 2 / (d**2).sum(), 1)) if d.any() else 1.0
+    return only_first, only_second, p
 
 
 def equivalence_p(difference: float, error: float, clusters: int, margin: float) -> float:
@@ -99,6 +107,6 @@ def compare(first, second, clusters: Sequence[str], generator, margin: float, re
     error, c = clustered_error(differences, clusters), len(set(clusters))
     p = float(2 * t.sf(abs(interval.value) / error, c - 1)) if error else float(interval.value == 0)
     binary = np.isin(np.concatenate([first, second]), (0.0, 1.0)).all()
-    exact = mcnemar(first, second) if binary else None
+    discordant = mcnemar(first, second, clusters) if binary else None
     equivalent = equivalence_p(interval.value, error, c, margin)
-    return Comparison(float(first.mean()), float(second.mean()), interval, p, exact, equivalent, margin, c)
+    return Comparison(float(first.mean()), float(second.mean()), interval, p, discordant, equivalent, margin, c)

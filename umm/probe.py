@@ -9,7 +9,8 @@ import click
 
 from umm.cli import CONTEXT, Group, config_option, overrides_argument
 
-limit_option = click.option("--limit", type=int, metavar="N", help="Use only so many pictures of each split.")
+COUNT = click.IntRange(min=1)
+limit_option = click.option("--limit", type=COUNT, metavar="N", help="Use only the first N pictures of each split.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print shapes, cost and the first row read, and stop.")
 
 
@@ -68,7 +69,7 @@ def vqa(target: str, config_file: str | None, out: str, limit: int | None, dry_r
 @click.argument("first")
 @click.argument("second")
 @click.option("--margin", default=0.01, show_default=True, help="Differences below this count as equivalent.")
-@click.option("--resamples", default=10_000, show_default=True, help="Of the bootstrap over pictures.")
+@click.option("--resamples", default=10_000, type=COUNT, show_default=True, help="Of the bootstrap over pictures.")
 @click.option("--seed", default=0, show_default=True)
 def compare(first: str, second: str, margin: float, resamples: int, seed: int) -> None:
     """Paired tests of two results on the same items: RUN, or RUN#TASK for one line of its table.

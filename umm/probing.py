@@ -60,6 +60,9 @@ def probe_classes(
     wanted = [features.parse(text) for text in addresses.split(",")]
     names = [str(target) for target in targets] or [None]
     subjects = [open_subject(name, file, overrides, Path(out), limit) for name in names]
+    for setting in ("subsets", "rates", "token_rates"):
+        if not subjects[0].config.probe[setting]:
+            raise ConfigError(f"probe.{setting} is empty: give it at least one value.")
     if dry_run:
         return "\n\n".join(plan(subject, wanted, chosen) for subject in subjects)
     described = {subject.name: OmegaConf.to_container(subject.config) for subject in subjects}

@@ -2,7 +2,7 @@
 
 A *task* is one line of the table, e.g. `latent/linear`. A sample is one item of it:
 
-    task, doc_id, doc {id, image, ...}, target, resps [[...]], filtered_resps [...], doc_hash, score
+    task, doc_id, doc {id, image, ...}, target, arguments, resps [[...]], filtered_resps [...], doc_hash, score
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def sample(
         "doc_id": doc_id,
         "doc": {"id": item, "image": image or item, **doc},
         "target": target,
+        "arguments": [[doc["question"]]] if "question" in doc else [],  # what was asked beside the picture
         "resps": [[response]],
         "filtered_resps": [response],
         "doc_hash": hashlib.sha256(item.encode()).hexdigest(),
@@ -141,7 +142,10 @@ def read_samples(place: str) -> dict[str, dict[str, dict]]:
         raise UmmError(f"there is no {file}: give the --out folder of a probe, e.g. runs/probe, or runs/probe#TASK.")
     tasks: dict[str, dict[str, dict]] = {}
     for line in file.read_text().splitlines():
-        one = json.loads(line)
+        try:
+            one = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UmmError(f"{file} was cut off: give the command that wrote it again, and it goes on.") from error
         tasks.setdefault(one["task"], {})[one["doc"]["id"]] = one
     if task and task not in tasks:
         raise UmmError(f"{folder} has no task '{task}'.{nearest(task, tasks)} It has: {', '.join(tasks)}.")
@@ -184,7 +188,7 @@ def pairs_of(first: str, second: str) -> list[tuple[str, dict, str, dict]]:
 
 def compare_runs(first: str, second: str, margin: float = 0.01, resamples: int = 10_000, seed: int = 0) -> str:
     """Paired tests in words and numbers, a paragraph a pair of tasks."""
-    if margin <= 0:
+    if not margin > 0:
         raise UmmError(f"--margin must be above 0, is {margin}: the largest difference that does not matter.")
     paragraphs = []
     for a, left, b, right in pairs_of(first, second):
@@ -205,9 +209,9 @@ def in_words(first: str, second: str, found: Comparison) -> str:
     ]
     if found.mcnemar is not None:
         only_first, only_second, p = found.mcnemar
-        clustered = "" if found.clusters == difference.n else "; items of one picture taken as independent"
-        lines.append(f"  McNemar exact p = {p:.3g} ({only_first} right in the first only, {only_second} in the second"
-                     f" only{clustered})")  # fmt: skip
+        kind = "exact" if found.clusters == difference.n else "clustered by picture"
+        counts = f"{only_first} right in the first only, {only_second} in the second only"
+        lines.append(f"  McNemar {kind} p = {p:.3g} ({counts})")
     else:
         lines.append("  McNemar's test needs scores of 0 and 1, these have values between")
     verdict = "equivalent" if found.equivalence < 0.05 else "equivalence not shown"

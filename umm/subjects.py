@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from umm.build import build_space, fit_normalizer, open_cache, open_source
-from umm.config import merge, parse_override, read_yaml, schema
+from umm.config import combine, parse_override, read_yaml
 from umm.data.base import DataSource
 from umm.errors import ConfigError, UmmError
 from umm.latents.base import LatentSpace
@@ -69,8 +69,6 @@ def open_subject(
         limit: pictures of each split, at most.
     """
     run = Run(target) if target is not None and Path(target).is_dir() else None
-    if run is None and target is not None and "/" in target.partition(":")[0]:
-        raise UmmError(f"{target} does not exist: give a run folder, or a latent space as NAME or NAME:WEIGHTS.")
     config = subject_config(target, run, file, [*overrides, *([f"data.limit={limit}"] if limit else [])])
     accelerator = Accelerator(cpu=config.train.device == "cpu")
     if run is None:
@@ -85,8 +83,10 @@ def subject_config(target: str | None, run: Run | None, file: str | None, overri
     """Defaults < --config < the target < key=value.
 
     Raises:
-        UmmError: an override of the latent space that a run was trained on.
+        UmmError: a folder that does not exist; an override of the latent space that a run was trained on.
     """
+    if run is None and target is not None and "/" in target.partition(":")[0]:
+        raise UmmError(f"{target} does not exist: give a run folder, or a latent space as NAME or NAME:WEIGHTS.")
     layers = [(file, read_yaml(file))] if file else []
     if run is not None:
         given = OmegaConf.create({key: run.config[key] for key in ("data", "latent", "cache")})
@@ -100,10 +100,7 @@ def subject_config(target: str | None, run: Run | None, file: str | None, overri
         given = {"name": name} | ({"weights": weights} if weights else {})
         layers.append((f"target {target}", OmegaConf.create({"latent": given})))
     layers += [("command line", parse_override(text)) for text in overrides]
-    config = schema("und", layers)
-    for source, layer in layers:
-        config = merge(config, layer, source)
-    return config
+    return combine("und", layers)
 
 
 def without(layer: DictConfig, *keys: str) -> DictConfig:
