@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from umm import cache
 from umm.build import cache_folder, open_source, settings_of
 from umm.data.base import DataSource, Question, collate
-from umm.errors import DataError
+from umm.errors import ConfigError, DataError
 from umm.heads._answering import AnsweringHead, require_answers
 from umm.heads.llm import LLMHead
 from umm.heads.vqa import VQAHead
 from umm.judging import Records
 from umm.language import all_words, pretrained_tiny
 from umm.latents.base import LatentSpace
-from umm.loader import to_device
+from umm.loader import first, to_device
 from umm.metrics._vqa import common_answers
 from umm.model import UnifiedModel
 from umm.progress import Progress
@@ -49,6 +49,8 @@ class Answering(Task):
     def __init__(self, config: DictConfig, space: LatentSpace, val: DataSource | None):
         super().__init__(config, space, val)
         self.settings, self.kind = settings_of(config.und), config.und.kind
+        if self.settings.train == "trunk":
+            raise ConfigError(f"und.kind={self.kind} reads latents: only und.kind=classify knows und.train=trunk.")
         self.keys = ("image" if config.cache.dir is None else "latent", "questions")
         texts = list(training_texts(config, space)) if reads_texts(config) else []
         with seeded_init(self.seed, self.name, self.kind):
@@ -62,6 +64,9 @@ class Answering(Task):
         self.coverage = coverage(head, texts)
         if self.coverage and PartialState().is_main_process:
             print(self.coverage)
+
+    def view(self, data):
+        return first(data, self.settings.limit, "und.limit")
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -83,6 +88,7 @@ class Answering(Task):
         every = [question for some in questions for question in some]
         if not every:
             raise no_questions(self.config)
+        require_answers(every)
         inputs, targets = self.networks[self.kind].examples(every)
         pictures = torch.arange(len(questions)).repeat_interleave(counts)
         weights = 1 / (counts[pictures] * len(questions))
@@ -140,19 +146,20 @@ def no_questions(config: DictConfig) -> DataError:
 
 
 def training_texts(config: DictConfig, space: LatentSpace) -> Iterator[dict]:
-    """{"questions", "caption" where there is one} of the training pictures, from the latent cache where there is one.
+    """{"questions", "caption" where there is one} of the pictures trained on, from the latent cache where there is one.
 
     Raises:
         DataError: there are no questions, or one has no answer.
     """
-    source = open_source(config, "train")
+    source, limit = open_source(config, "train"), config.und.limit
     if config.cache.dir is None:
-        items = source.stream() if not source.streaming else itertools.islice(source.stream(), config.train.images)
+        items = source.stream()
     else:
         made = cache.LatentCache.open(cache_folder(config, space, source))
         made = made.select(*[name for name in made.fields if name in ("id", "caption", "questions")])
         items = (made[i] for i in range(len(made)))
-    total = None if source.streaming else len(source)
+    total = None if source.streaming else min(len(source), limit or len(source))
+    items = itertools.islice(items, config.train.images if total is None else total)
     with Progress(total, enabled=PartialState().is_main_process, what="reading questions") as progress:
         for item in items:
             if "questions" not in item:

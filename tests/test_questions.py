@@ -12,13 +12,14 @@ from click.testing import CliRunner
 
 import umm
 from umm import config as configuration
+from umm.build import build_space
 from umm.data.base import Question
-from umm.errors import DataError, MissingHead, UmmError
+from umm.errors import ConfigError, DataError, MissingHead, UmmError
 from umm.evaluate import evaluate_run
 from umm.probe import probe
 from umm.questions import probe_vqa
 from umm.runs import Run
-from umm.tasks._answering import Answering, documents, vocabulary
+from umm.tasks._answering import Answering, documents, training_texts, vocabulary
 from umm.tasks._answering_judging import Answered, answering_heads, numbers_of
 from umm.train import Trainer, train
 
@@ -114,6 +115,26 @@ def test_a_picture_counts_once_however_much_is_asked_of_it(tmp_path):
         task.asked([[], []], torch.device("cpu"))
 
 
+def test_a_limit_bounds_the_pictures_and_the_words_learned_from(tmp_path):
+    config = run_config(tmp_path / "run", "vqa", "und.limit=5", "train.images=32")
+    space = build_space(config.latent)
+    assert [len(texts["questions"]) for texts in training_texts(config, space)] == [
+        len(texts["questions"]) for texts, _ in zip(training_texts(run_config(tmp_path, "vqa"), space), range(5))
+    ]
+    assert len(Trainer(config).task.view(range(48))) == 5
+
+
+def test_questions_have_no_trunk_of_their_own(tmp_path):
+    with pytest.raises(ConfigError, match=r"only und\.kind=classify knows und\.train=trunk"):
+        train(run_config(tmp_path / "run", "vqa", "und.train=trunk"))
+
+
+def test_a_question_without_an_answer_is_refused_in_training(tmp_path):
+    task = answering_task(tmp_path)
+    with pytest.raises(DataError, match="'Is it red\\?' has no answer"):
+        task.asked([[Question("Is it red?", "")]], torch.device("cpu"))
+
+
 def test_the_blind_twin_sees_no_picture(tmp_path):
     task = answering_task(tmp_path)
     questions = [[Question("Is there a circle?", "yes")], [Question("How many objects are there?", "3")]]
@@ -126,8 +147,6 @@ def test_the_blind_twin_sees_no_picture(tmp_path):
 
 
 def answering_task(folder: Path) -> Answering:
-    from umm.build import build_space
-
     config = run_config(folder / "task", "vqa")
     space = build_space(config.latent)
     space.normalizer.fitted.fill_(True)
@@ -205,6 +224,8 @@ def test_a_dry_run_says_shapes_and_cost_and_writes_nothing(tmp_path):
 def test_bad_input_is_one_line(tmp_path):
     with pytest.raises(DataError, match="have no questions"):
         train(run_config(tmp_path / "run", "vqa", "data.name=fakes.pictures", shapes=False))
+    with pytest.raises(UmmError, match="runs/nothing does not exist"):
+        probe_vqa("runs/nothing", None, [], str(tmp_path / "x"))
     result = CliRunner().invoke(probe, ["vqa", "no_such_space", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2 and result.output.count("\n") == 1 and "no_such_space" in result.output
 
