@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from umm import losses
 from umm.build import open_source, settings_of
 from umm.data.base import DataSource, collate
-from umm.discriminator import Discriminator, diff_augment, quantize
 from umm.errors import ConfigError, DataError
 from umm.heads.decoder import Decoder
 from umm.judging import Judges, Records, share_of
@@ -29,6 +28,8 @@ from umm.pictures import save_grid
 from umm.progress import Progress
 from umm.rng import PictureRNG, seeded_init
 from umm.settings import EvalSettings
+from umm.tasks._picture_loss import PictureLoss, shown_pictures
+from umm.tasks._tokenizer import Tokenizer
 from umm.tasks.base import Phase, Task
 
 
@@ -38,10 +39,13 @@ class Recon(Task):
     name = "recon"
     shown = 8  # pictures in a sample grid
 
+    def __new__(cls, config: DictConfig, space: LatentSpace, val: DataSource | None) -> Task:
+        """A space that has networks of its own to train has a task of its own."""
+        return Tokenizer(config, space, val) if space.stages else super().__new__(cls)
+
     def __init__(self, config: DictConfig, space: LatentSpace, val: DataSource | None):
         super().__init__(config, space, val)
         self.settings = settings_of(config.recon)
-        device = space.normalizer.mean.device
         with seeded_init(self.seed, self.name, "decoder"):
             self.decoder = Decoder.from_config(self.settings.decoder, space.spec)
         if self.decoder.output_size != (config.data.image_size, config.data.image_size):
@@ -49,105 +53,35 @@ class Recon(Task):
                 f"recon.decoder.output_size={self.settings.decoder.output_size} is not the size of the pictures it "
                 f"learns from, data.image_size={config.data.image_size}: leave it out."
             )
-        self.perceptual = losses.build_perceptual(self.settings.perceptual, space.features, space.families)
-        if self.perceptual is not None:
-            self.perceptual.to(device)
+        device = space.normalizer.mean.device
+        self.pictures = PictureLoss(self.settings, self.seed, device, space.features, space.families)
         self.phases = [Phase("decoder", self.decoder, self.settings.optim, self.settings.ema)]
-        self.discriminator = None
-        if self.settings.adversarial.weight > 0:
-            self.add_discriminator()
-        # |d rec / d W| / |d gan / d W| of the last step: see `decoder_loss`
-        self.adaptive = torch.zeros((), device=device)
-        self.gradients: dict[str, Tensor] = {}
-
-    def add_discriminator(self) -> None:
-        settings = self.settings.adversarial
-        with seeded_init(self.seed, self.name, "discriminator"):
-            self.discriminator = Discriminator.from_config(settings)
-        self.phases.append(
-            Phase("discriminator", self.discriminator, settings.optim, start=settings.start_discriminator)
-        )
+        if self.pictures.discriminator is not None:
+            self.phases.append(self.pictures.phase)
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def begin(self, phase: str) -> None:
-        self.gradients = {}
-        if self.discriminator is not None:  # only its own phase trains it, spectral norm's power iteration included
-            training = phase == "discriminator"
-            self.discriminator.train(training).requires_grad_(training)
+        self.pictures.begin(phase)
 
     def loss(self, phase: str, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
+        latents, target = batch["latent"], batch["image"]
         if phase == "discriminator":
-            return self.discriminator_loss(batch, rng)
-        return self.decoder_loss(batch, rng, images)
-
-    def decoder_loss(self, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
-        """The pictures' gradients are taken first and sent through the decoder once.
-
-        lambda balances two gradients at the last layer. It is measured on the whole previous step, all micro-batches
-        and processes, so that neither changes what is trained; the first adversarial step only measures.
-        """
-        settings = self.settings
-        raw = losses.augment_noise(batch["latent"], settings.noise, rng.fork("noise"), settings.noise_law)
+            with torch.no_grad():
+                drawn = self.decoder(latents)
+            return self.pictures.discrimination(drawn, target, rng)
+        raw = losses.augment_noise(latents, self.settings.noise, rng.fork("noise"), self.settings.noise_law)
         drawn = self.phases[0].forward(raw)  # (B, 3, H, W)
-        pictures = drawn.detach().requires_grad_()
-        terms = self.reconstruction_terms(pictures, batch["image"])
-        gradient = torch.autograd.grad(terms["rec"], pictures)[0]
-        value = terms["rec"]
-        if self.discriminator is not None and images >= settings.adversarial.start_generator:
-            augmented = diff_augment(2 * pictures - 1, rng.fork("diffaug"), settings.adversarial.diffaug)
-            gan = losses.hinge_generator(self.discriminator(augmented))
-            gan_gradient = torch.autograd.grad(gan, pictures)[0]
-            if settings.adversarial.adaptive:
-                self.collect("rec", drawn, gradient)
-                self.collect("gan", drawn, gan_gradient)
-            weight = settings.adversarial.weight * (self.adaptive if settings.adversarial.adaptive else 1.0)
-            gradient = gradient + weight * gan_gradient
-            terms |= {"gan": gan, "adaptive": self.adaptive}
-            value = value + weight * gan
-        through = (drawn * gradient).sum()  # its gradient with respect to the decoder is the loss's
-        return terms | {"loss": through - through.detach() + value.detach()}
-
-    def reconstruction_terms(self, pictures: Tensor, target: Tensor) -> dict[str, Tensor]:
-        settings = self.settings
-        terms = {"l1": losses.l1(pictures, target)}
-        rec = settings.l1 * terms["l1"]
-        if settings.l2:
-            terms["l2"] = losses.l2(pictures, target)
-            rec = rec + settings.l2 * terms["l2"]
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(pictures, target)
-            rec = rec + settings.perceptual.weight * terms["perceptual"]
-        return terms | {"rec": rec}
-
-    def collect(self, name: str, drawn: Tensor, gradient: Tensor) -> None:
-        """Add this micro-batch's gradient at the decoder's last layer."""
-        at_last = torch.autograd.grad(drawn, self.decoder.last_layer, gradient, retain_graph=True)[0]
-        self.gradients[name] = self.gradients.get(name, 0) + at_last
+        return self.pictures.drawing(drawn, target, rng, images, self.decoder.last_layer)
 
     def end(self, phase: str, mean: Callable[[Tensor], Tensor]) -> None:
-        if self.gradients:
-            sums = {name: mean(gradient) for name, gradient in self.gradients.items()}
-            limit = self.settings.adversarial.max_adaptive
-            self.adaptive = losses.adaptive_weight(sums["rec"], sums["gan"], limit)
-
-    def discriminator_loss(self, batch: dict[str, Tensor], rng: PictureRNG) -> dict[str, Tensor]:
-        policy = self.settings.adversarial.diffaug
-        with torch.no_grad():
-            fake = quantize(2 * self.decoder(batch["latent"]) - 1)
-        real = diff_augment(2 * batch["image"] - 1, rng.fork("real"), policy)
-        fake = diff_augment(fake, rng.fork("fake"), policy)
-        # one forward for both: DDP and spectral norm want one forward for each backward
-        real_logits, fake_logits = self.phases[1].forward(torch.cat([real, fake])).chunk(2)
-        self.discriminator.eval()  # one power iteration a step, however many micro-batches it has
-        loss = losses.hinge_discriminator(real_logits, fake_logits)
-        return {"loss": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
+        self.pictures.end(mean)
 
     def state_dict(self) -> dict:
-        return {"adaptive": self.adaptive}
+        return self.pictures.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        self.adaptive = state["adaptive"].to(self.adaptive.device)
+        self.pictures.load_state_dict(state)
 
     # ------------------------------------------------------------------------------------------------------- results
 
@@ -156,8 +90,7 @@ class Recon(Task):
         """Originals above their reconstructions, always the same validation pictures."""
         if self.val is None:
             return
-        items = itertools.islice(self.val.stream(), self.shown)
-        images = to_device(collate([pick(item, "image") for item in items])["image"], self.adaptive.device)
+        images = shown_pictures(self.val, self.shown, self.space.normalizer.mean.device)
         drawn = modules["decoder"].eval()(self.space.raw(images)).clamp(0, 1)
         save_grid(file, [images, drawn], rows=["original", "reconstruction"])
 
@@ -168,13 +101,7 @@ class Recon(Task):
         return {"decoder": {"settings": OmegaConf.to_container(self.config.recon.decoder), "facts": {}}}
 
     def facts(self) -> dict:
-        """{family: role} of the networks that took part: judges of those families have a conflict of interest."""
-        roles = {"discriminator": self.discriminator, "perceptual loss": self.perceptual, "encoder": self.space}
-        trained_with = {}
-        for role, part in roles.items():  # a family with several roles keeps the last
-            if part is not None:
-                trained_with |= dict.fromkeys(part.families, role)
-        return {"trained_with": trained_with}
+        return {"trained_with": self.pictures.trained_with(self.space)}
 
     @staticmethod
     @torch.no_grad()

@@ -47,6 +47,33 @@ def l2(fake: Tensor, real: Tensor) -> Tensor:
     return F.mse_loss(at_least_float32(fake), at_least_float32(real))
 
 
+# --------------------------------------------------------------------------------------------------------- latents
+
+
+def kl_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) | N(0, 1)), summed over a picture's numbers, mean over pictures (VAE, 1312.6114, app. B).
+
+    Both (B, ...).
+    """
+    mean, logvar = at_least_float32(mean), at_least_float32(logvar)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
+def misaligned_cosine(z: Tensor, features: Tensor, margin: float = 0.0) -> Tensor:
+    """Mean over tokens of relu(1 - margin - cos), both (B, N, D) (VA-VAE, arXiv 2501.01423, eq. 3)."""
+    cosine = (unit(z, -1) * unit(features, -1)).sum(-1)
+    return F.relu(1 - margin - cosine).mean()
+
+
+def misaligned_distances(z: Tensor, features: Tensor, margin: float = 0.0) -> Tensor:
+    """Mean over pairs of tokens of a picture of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin) (VA-VAE, eq. 4).
+
+    Both (B, N, D); the widths may differ.
+    """
+    a, b = unit(z, -1), unit(features, -1)
+    return F.relu((a @ a.mT - b @ b.mT).abs() - margin).mean()
+
+
 # ----------------------------------------------------------------------------------------------------- perceptual
 
 

@@ -188,6 +188,10 @@ class LatentSpace(nn.Module):
     normalizer: Normalizer
     Config: type  # its settings, a dataclass
     families: tuple[str, ...] = ()  # networks inside; a judge of the same family has a conflict of interest
+    per_picture: bool = True  # False: a latent depends on the other pictures of its batch too
+    # of spaces that train networks of their own, see umm/latents/_trained.py:
+    stages: tuple = ()  # what --task recon does with them; empty: there is nothing to train (any more)
+    settings: object | None = None  # build the networks that `own_state` fills
 
     @classmethod
     def from_config(cls, config) -> LatentSpace:
@@ -221,6 +225,13 @@ class LatentSpace(nn.Module):
     def identity(self) -> dict[str, object]:
         """JSON-able facts that fix the raw latents: weights' sha256, layers, input size, resize. A cache's key."""
         raise NotImplementedError
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Weights that no pretrained file has; a saved model holds them."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `own_state`."""
 
 
 def check_images(images: Tensor, spec: LatentSpec) -> None:
