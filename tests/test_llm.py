@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import umm
+from umm.config import load
 from umm.data.base import Question
 from umm.errors import ConfigError, MissingWeights, UmmError
-from umm.heads._answering import PAD
+from umm.heads._answering import PAD, share_pretrained
 from umm.heads.llm import IMAGE, LLMHead, Template
 from umm.language import pretrained_tiny, tiny_model, word_tokenizer, wrapped_tokenizer
 from umm.latents.base import LatentSpec
 from umm.rng import seeded_init
 from umm.settings import LLMSettings, LoRASettings, TinyLanguageSettings
 from umm.tasks._answering import twin
+from umm.train import train
 
 SPEC = LatentSpec(8, 4, 4, 32)
 TEXTS = ["question : is there a red circle or a blue square ? answer : yes", "how many are there ? 2 no circle"]
@@ -235,6 +238,31 @@ def test_the_blind_twin_shares_what_is_frozen_and_nothing_that_learns():
         assert torch.equal(mine, theirs)
 
 
+def test_adapters_of_one_language_model_can_hold_it_once(gpt_folder, latents):
+    first, second = gpt(gpt_folder), gpt(gpt_folder)
+    alone = second(latents, **second.inputs(["Is there a red circle?"] * 3))
+    share_pretrained([first, second])
+    for (name, mine), theirs in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert (mine is theirs) == (not mine.requires_grad), name
+    model = second.language_model
+    assert model.lm_head.weight is model.get_input_embeddings().weight, "tied as before"
+    assert torch.equal(second(latents, **second.inputs(["Is there a red circle?"] * 3)), alone)
+
+
+def test_a_loaded_run_holds_its_language_model_once(gpt_folder, tmp_path):
+    settings = f"""
+        run={tmp_path / "run"} data.name=fakes.riddles data.image_size=16 latent.name=fakes.space latent.image_size=16
+        und.kind=llm und.llm.model={gpt_folder} und.llm.lora.rank=2 und.llm.max_answer=3 train.images=16
+        train.batch_size=8 train.workers=0 train.device=cpu train.sample_every=0
+    """
+    model = umm.load(train(load("und", None, settings.split())).parent)
+    seeing, blind = model.head("llm").language_model, model.head("blind").language_model
+    assert seeing.lm_head.weight is blind.lm_head.weight
+    lora = [next(p for name, p in each.named_parameters() if "lora_A" in name) for each in (seeing, blind)]
+    assert lora[0] is not lora[1]
+    assert len(model.answer(torch.rand(2, 3, 16, 16), ["Is it red?", "What colour is it?"])) == 2
+
+
 # ------------------------------------------------------------------------------------------------- the small model
 
 
@@ -251,6 +279,11 @@ def test_the_small_language_model_learns_its_text_and_is_found_again(tmp_path, m
     again = pretrained_tiny(settings, TEXTS, seed=0)[1]
     assert len(list(tmp_path.glob("language/*.safetensors"))) == 1
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_width_its_heads_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match=r"llm\.tiny\.width=16 must be a multiple of 2 llm\.tiny\.heads=6"):
+        tiny_model(dataclasses.replace(SMALL, heads=3), 10)
 
 
 def test_words_come_back_from_the_small_tokenizer():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umm import assets
-from umm.errors import MissingWeights
+from umm.errors import ConfigError, MissingWeights
 from umm.layers import sincos_2d
 from umm.pretrained import first_line, quiet, sha256_of
 from umm.progress import Progress
@@ -167,6 +167,11 @@ def tiny_model(settings: TinyLanguageSettings, vocabulary: int) -> nn.Module:
     """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if settings.width % (2 * settings.heads):
+        raise ConfigError(
+            f"llm.tiny.width={settings.width} must be a multiple of 2 llm.tiny.heads={2 * settings.heads}: positions "
+            "turn pairs of channels of each head."
+        )
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=settings.width,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from umm import __version__, sampling
 from umm.config import choice_settings
 from umm.errors import MissingHead, UmmError
+from umm.heads._answering import share_pretrained
 from umm.latents.base import LatentSpace, check_images
 from umm.layers import grid_of
 from umm.registry import find
@@ -195,6 +196,7 @@ class UnifiedModel(nn.Module):
             space.normalizer.load_state_dict(load_file(folder / "normalizer.safetensors"))
         heads = {name: build_head(described, space, folder / f"{name}.safetensors")
                  for name, described in config["heads"].items()}  # fmt: skip
+        share_pretrained(heads.values())
         return cls(space, heads, OmegaConf.to_container(config.facts)).to(device)
 
 

@@ -5,10 +5,10 @@ B pictures, Q questions, L tokens of a question, A answers or answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umm.data.base import Question
 from umm.errors import DataError, UmmError
@@ -78,6 +78,18 @@ def require_answers(questions: Sequence[Question]) -> None:
                 f"the question '{question.text}' has no answer: choose a split that has them, or name the column with "
                 "data.columns={answer: ...}."
             )
+
+
+def share_pretrained(heads: Iterable[nn.Module]) -> None:
+    """Let heads on the same pretrained network hold its weights once: a seeing head and its blind twin."""
+    held: dict[tuple[str, str], nn.Parameter] = {}
+    for head in heads:
+        if not isinstance(head, AnsweringHead) or head.pretrained is None:
+            continue
+        for name, parameter in list(head.named_parameters(remove_duplicate=False)):
+            if _is_pretrained(head, name):
+                module, _, last = name.rpartition(".")
+                setattr(head.get_submodule(module), last, held.setdefault((head.facts()["weights"], name), parameter))
 
 
 def _is_pretrained(module: AnsweringHead, key: str) -> bool:
