@@ -165,6 +165,40 @@ def cache(task: str, config_file: str | None, split: str, verify: bool, override
     click.echo(cache_command(configuration.load(task, config_file, overrides), split, verify))
 
 
+@cli.group()
+def synergy() -> None:
+    """Do two tasks help each other? An experiment declared in a file, run as a whole, and what it shows."""
+
+
+@synergy.command("run")
+@click.argument("file")
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time [default: one a core].")
+@click.option("--limit-seeds", type=click.IntRange(1), metavar="N", help="Only the first N seeds; the rest can follow.")
+@click.option("--out", metavar="FOLDER", help="Where to [default: folder of FILE].")
+def synergy_run(file: str, jobs: int | None, limit_seeds: int | None, out: str | None) -> None:
+    """Run every arm with every seed; the same command goes on where it was interrupted.
+
+    \b
+    umm synergy run experiments/synergy/shapes.yaml --jobs 2
+    """
+    from umm.synergy_run import run_synergy
+
+    click.echo(run_synergy(file, jobs, limit_seeds, out))
+
+
+@synergy.command("report")
+@click.argument("folder")
+def synergy_report(folder: str) -> None:
+    """What an experiment shows and what it does not: Markdown, JSON, plots, and one HTML page.
+
+    \b
+    umm synergy report runs/synergy-shapes
+    """
+    from umm.synergy_report import report
+
+    click.echo(report(folder))
+
+
 @cli.command("list")
 def list_() -> None:
     """What there is to choose from.

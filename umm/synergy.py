@@ -1,0 +1,317 @@
+"""What a synergy experiment declares before its first run: arms, endpoints, margins, seeds, and the hash of it all.
+
+Every arm is one ordinary run of a task, described by settings. The protocol and its names are those of the report:
+s = log(error alone / error together) per seed, Sigma = the specialists' compute a joint model is worth over its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
+
+from umm.config import combine, first_difference, flatten, merge, nest, read_yaml
+from umm.errors import ConfigError, nearest
+from umm.runs import reading, write_atomic
+
+SET_HERE = ("run", "seed", "eval.split")  # settings of a run that the experiment gives
+CONTROLS = ("placebo", "distill", "more")  # arms whose gain is taken off the joint arm's
+NAME = re.compile(r"[A-Za-z0-9][\w.+@=-]*")
+TAKEN = ("tuning", "report")
+
+
+@dataclass
+class Endpoint:
+    """One direction of the question: a number of the evaluation and how it becomes an error."""
+
+    row: dict[str, Any] = field(default_factory=dict)  # fields that single out one row, {metric: kid, space: effnet}
+    single: str = MISSING  # the specialist's arm
+    error: Literal["value", "1 - value", "100 - value"] = "value"
+    floor: float | None = None  # smaller errors count as this one: half an item of the test set, say
+    margin: float = MISSING  # changes smaller than that are as good as none
+    margin_in: Literal["percent", "value"] = "percent"  # of the error, or in units of the number itself
+    primary: bool = True  # False: exploratory
+
+
+@dataclass
+class Arm:
+    """One kind of run.
+
+    single: one loss; several of them at different `compute` make the learning curve of the endpoint they measure.
+    joint: both losses. stop: both, but the measured task's partner does not move what is shared: must equal `single`.
+    placebo, distill, more: what a joint arm's gain may be due to instead. sequential: one loss after the other.
+    floor: no training of what is shared. front: the headline arm with other loss weights, made from `front`.
+    """
+
+    role: Literal["single", "joint", "stop", "placebo", "distill", "more", "sequential", "floor", "front"] = MISSING
+    measures: list[str] = field(default_factory=list)  # endpoints; none: all
+    compute: float = 1.0  # of what is shared, all losses together, in units of the specialist's
+    overrides: dict[str, Any] = field(default_factory=dict)  # {joint.parts: [und]}
+    base: str | None = None  # a configuration file in place of the experiment's
+    seeds: int | None = None  # only the first so many
+    tuned_as: str | None = None  # takes the settings that tuning chose for that arm
+    about: str = ""
+
+
+@dataclass
+class Front:
+    """The headline arm at other values of one setting, in general the weight of a loss."""
+
+    key: str = MISSING
+    values: list[float] = field(default_factory=list)
+    seeds: int | None = None
+
+
+@dataclass
+class Tuning:
+    """Every listed arm is tried with every combination of the grid, on seeds of its own and the validation split."""
+
+    seeds: list[int] = field(default_factory=list)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    arms: list[str] = field(default_factory=list)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """[{setting: value}] of the grid."""
+        return [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
+
+
+@dataclass
+class Comparison:
+    """An exploratory question: is `arm` better than `reference` on `endpoint`?"""
+
+    arm: str = MISSING
+    reference: str = MISSING
+    endpoint: str = MISSING
+
+
+@dataclass
+class Declaration:
+    """The whole experiment; `sha256` is taken of all but `about` and `folder`."""
+
+    task: str = "joint"
+    about: str = ""
+    folder: str = MISSING
+    config: str | None = None  # configuration file of all arms, relative to this one
+    overrides: dict[str, Any] = field(default_factory=dict)  # of all arms
+    split: Literal["val", "test"] = "test"
+    seeds: Any = 8  # a number, or a list
+    headline: str = MISSING  # the joint arm the verdict is about
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    front: Front | None = None
+    tuning: Tuning | None = None
+    comparisons: list[Comparison] = field(default_factory=list)
+    alpha: float = 0.05  # two-sided
+    test: Literal["sign-flip", "t"] = "sign-flip"  # decides; the exact one needs 6 seeds to reach 0.05
+    tolerance: float = 1e-6  # relative difference of errors by which a stop arm may miss its specialist
+
+    @classmethod
+    def of(cls, stored: dict) -> Declaration:
+        """From plain dictionaries, as `asdict` gives them."""
+        front, tuning = stored["front"], stored["tuning"]
+        parts = {
+            "endpoints": {name: Endpoint(**values) for name, values in stored["endpoints"].items()},
+            "arms": {name: Arm(**values) for name, values in stored["arms"].items()},
+            "front": front and Front(**front),
+            "tuning": tuning and Tuning(**tuning),
+            "comparisons": [Comparison(**values) for values in stored["comparisons"]],
+        }
+        return cls(**stored | parts)
+
+    @property
+    def sha256(self) -> str:
+        text = json.dumps(self.hashed(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def hashed(self) -> dict:
+        return {key: value for key, value in asdict(self).items() if key not in ("about", "folder")}
+
+    @property
+    def primary(self) -> list[str]:
+        return [name for name, endpoint in self.endpoints.items() if endpoint.primary]
+
+    def seeds_of(self, arm: str) -> list[int]:
+        return self.seeds[: self.arms[arm].seeds]
+
+    def with_role(self, *roles: str) -> list[str]:
+        return [name for name, arm in self.arms.items() if arm.role in roles]
+
+    def curve(self, endpoint: str) -> list[str]:
+        """The single arms that measure an endpoint, cheapest first."""
+        names = [name for name in self.with_role("single") if endpoint in self.arms[name].measures]
+        return sorted(names, key=lambda name: self.arms[name].compute)
+
+    def settings(self, arm: str, folder: Path, seed: int, split: str, chosen: dict[str, Any] | None = None) -> dict:
+        """{dotted setting: value} of one run."""
+        mine = {"run": str(folder), "seed": seed, "eval.split": split}
+        return self.arms[arm].overrides | (chosen or {}) | mine
+
+
+def configuration(task: str, settings: dict[str, Any], source: str) -> DictConfig:
+    """The complete configuration of one run."""
+    layers = [OmegaConf.create(nest(key, value)) for key, value in settings.items()]
+    return combine(task, [(source, OmegaConf.merge(*layers))])
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def read_declaration(file: str | Path) -> Declaration:
+    """A checked declaration, all of it: base files, common settings and the front are folded into the arms.
+
+    Raises:
+        ConfigError: one sentence about the first thing that is wrong; every arm's settings are tried.
+    """
+    layer = read_yaml(file)
+    merged = merge(OmegaConf.structured(Declaration), layer, str(file))
+    plain = OmegaConf.to_container(merged, resolve=False, structured_config_mode=SCMode.DICT)
+    for key, value in flatten(plain):
+        if value == MISSING:
+            raise ConfigError(f"{file}: '{key}' is not given.")
+    declared = Declaration.of(plain)
+    if isinstance(declared.seeds, int):
+        declared.seeds = list(range(declared.seeds))
+    check(declared, file)
+    declared = folded(declared, Path(file))
+    for name in declared.arms:
+        configuration(declared.task, declared.settings(name, Path("x"), 0, declared.split), f"arm '{name}' of {file}")
+    return declared
+
+
+def folded(declared: Declaration, file: Path) -> Declaration:
+    """Arms that hold all their settings, those of the front among them."""
+    common, arms = dict(flatten(declared.overrides)), {}
+    for name, arm in declared.arms.items():
+        base = arm.base or declared.config
+        given = dict(flatten(read_yaml(file.parent / base))) if base else {}
+        settings = {key: value for key, value in given.items() if key not in SET_HERE}
+        settings |= common | dict(flatten(arm.overrides))
+        arms[name] = replace(arm, overrides=settings, base=None, measures=arm.measures or list(declared.endpoints))
+    if declared.front:
+        headline = arms[declared.headline]
+        tuned = headline.tuned_as or declared.headline if declared.tuning else None
+        for value in declared.front.values:
+            weight = {declared.front.key: value}
+            point = replace(headline, role="front", overrides=headline.overrides | weight, tuned_as=tuned)
+            arms[f"{declared.headline}@{value:g}"] = replace(point, seeds=declared.front.seeds)
+    return replace(declared, arms=arms, config=None, overrides={})
+
+
+def check(declared: Declaration, file: str | Path) -> None:
+    """Refuse what would be found out only after hours."""
+    seeds = declared.seeds
+    if not isinstance(seeds, list) or len(set(seeds)) < max(2, len(seeds)) or not all(type(s) is int for s in seeds):
+        raise ConfigError(f"{file}: seeds={seeds!r} must be a number from 2 on, or a list of different whole numbers.")
+    if len(declared.primary) != 2:
+        raise ConfigError(f"{file}: two endpoints are primary, one a direction, not {len(declared.primary)}.")
+    if not 0 < declared.alpha < 1:
+        raise ConfigError(f"{file}: alpha={declared.alpha} must lie between 0 and 1.")
+    known(declared.headline, declared.with_role("joint"), f"{file}: headline", "arm of role joint")
+    for name, arm in declared.arms.items():
+        check_arm(declared, name, arm, file)
+    for name, endpoint in declared.endpoints.items():
+        check_endpoint(declared, name, endpoint, file)
+    for row in declared.comparisons:
+        for name in (row.arm, row.reference):
+            known(name, declared.arms, f"{file}: comparisons", "arm")
+            known(row.endpoint, measured(declared, name), f"{file}: comparisons", f"endpoint of arm {name}")
+    if declared.tuning:
+        check_tuning(declared, declared.tuning, file)
+
+
+def check_arm(declared: Declaration, name: str, arm: Arm, file: str | Path) -> None:
+    where = f"{file}: arm '{name}'"
+    if not NAME.fullmatch(name) or name in TAKEN:
+        raise ConfigError(f"{where} names a folder: letters, digits and . _ + @ = - only, not {' or '.join(TAKEN)}.")
+    if arm.role == "front":
+        raise ConfigError(f"{where}: arms of role front are made from the section 'front'.")
+    for endpoint in arm.measures:
+        known(endpoint, declared.endpoints, f"{where} measures", "endpoint")
+    if arm.role in ("single", "stop", *CONTROLS) and not arm.measures:
+        raise ConfigError(f"{where}: say what it measures, e.g. measures: [{declared.primary[0]}].")
+    if arm.seeds is not None and not 2 <= arm.seeds <= len(declared.seeds):
+        raise ConfigError(f"{where}: seeds={arm.seeds} is not from 2 to the {len(declared.seeds)} of the experiment.")
+    if arm.compute < 0 or (arm.role in ("single", "joint") and not arm.compute):
+        raise ConfigError(f"{where}: compute={arm.compute} must be positive.")
+    for key in [*dict(flatten(declared.overrides)), *dict(flatten(arm.overrides))]:
+        if key in SET_HERE:
+            raise ConfigError(f"{where} sets '{key}', which the experiment gives to every run.")
+    if arm.tuned_as:
+        known(arm.tuned_as, declared.tuning.arms if declared.tuning else [], f"{where}: tuned_as", "tuned arm")
+
+
+def check_endpoint(declared: Declaration, name: str, endpoint: Endpoint, file: str | Path) -> None:
+    where = f"{file}: endpoint '{name}'"
+    known(endpoint.single, declared.with_role("single"), f"{where}: single", "arm of role single")
+    known(name, measured(declared, endpoint.single), where, f"endpoint that arm {endpoint.single} measures")
+    known(name, measured(declared, declared.headline), where, f"endpoint that arm {declared.headline} measures")
+    if "metric" not in endpoint.row:
+        raise ConfigError(f"{where}: row={endpoint.row} must name a metric, e.g. {{metric: accuracy}}.")
+    if endpoint.margin <= 0 or (endpoint.floor is not None and endpoint.floor <= 0):
+        raise ConfigError(f"{where}: margin and floor must be positive.")
+    arms = declared.curve(name)
+    if len({declared.arms[arm].compute for arm in arms}) < len(arms):
+        raise ConfigError(f"{where}: its single arms {', '.join(arms)} must differ in compute: a learning curve.")
+
+
+def check_tuning(declared: Declaration, tuning: Tuning, file: str | Path) -> None:
+    for name in tuning.arms:
+        known(name, declared.arms, f"{file}: tuning.arms", "arm")
+    if not tuning.arms or not tuning.grid or not tuning.seeds or set(tuning.seeds) & set(declared.seeds):
+        raise ConfigError(f"{file}: tuning needs arms, a grid, and seeds that are none of the experiment's.")
+
+
+def known(name: str, names, where: str, what: str) -> None:
+    if name not in names:
+        hint = f"{nearest(name, names)} There are: {', '.join(names)}."
+        raise ConfigError(f"{where}: no {what} is called '{name}'.{hint}")
+
+
+def measured(declared: Declaration, arm: str) -> list[str]:
+    return declared.arms[arm].measures or list(declared.endpoints)
+
+
+# ----------------------------------------------------------------------------------------------------------- sealing
+
+
+def seal(declared: Declaration, folder: Path) -> None:
+    """Write declaration.json and its hash, or see that the one there is the same.
+
+    Raises:
+        ConfigError: another experiment was declared there; names the first difference.
+    """
+    if (folder / "declaration.json").exists():
+        old = sealed(folder)
+        if old.sha256 != declared.sha256:
+            difference = first_difference(OmegaConf.create(old.hashed()), OmegaConf.create(declared.hashed()), ())
+            raise ConfigError(
+                f"{folder} was declared otherwise: {difference} now. Another declaration is another experiment: give "
+                "it a folder of its own."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    text = {"sha256": declared.sha256, "declaration": asdict(declared)}
+    write_atomic(folder / "declaration.json", json.dumps(text, indent=1))
+
+
+def sealed(folder: Path) -> Declaration:
+    """The declaration of a folder.
+
+    Raises:
+        ConfigError: there is none, or it was changed by hand.
+    """
+    file = folder / "declaration.json"
+    if not file.exists():
+        raise ConfigError(f"{folder} is no synergy experiment: it has no declaration.json. umm synergy run makes it.")
+    with reading(file, "give back the file"):
+        stored = json.loads(file.read_text())
+        declared = Declaration.of(stored["declaration"])
+    if declared.sha256 != stored["sha256"]:
+        raise ConfigError(f"{file} was changed after it was sealed: its hash is another one. Give back the file.")
+    return declared
