@@ -165,6 +165,32 @@ def cache(task: str, config_file: str | None, split: str, verify: bool, override
     click.echo(cache_command(configuration.load(task, config_file, overrides), split, verify))
 
 
+@cli.command()
+@config_option
+@click.option("--run", metavar="RUN", help="A run on the space: its statistics and its decoder are used.")
+@click.option("--against", multiple=True, metavar="JSON", help="Result of another space, for a column of the table.")
+@click.option("--out", default="runs/diagnose", show_default=True, help="Folder of the results, its name the space's.")
+@click.option("--images", default=1000, type=click.IntRange(20), show_default=True, help="Pictures to encode.")
+@click.option("--few", default=64, type=click.IntRange(8), show_default=True, help="Of them, moved and decoded.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="val", show_default=True)
+@click.option("--features", default="effnet", show_default=True, help="Feature space to compare neighbours with.")
+@overrides_argument
+def diagnose(config_file: str | None, overrides: tuple[str, ...], **rest) -> None:
+    """Say what a latent space is like: dimensions, sparsity, roughness, meaning, and what its decoder forgives.
+
+    Of FILE only seed, data, latent, cache and train are read. With --split train its principal components are kept
+    too, for latent.name=pca.
+
+    \b
+    umm diagnose --run runs/tiny-recon --out runs/diagnose/all-blocks
+    umm diagnose --config configs/tiny/recon.yaml latent.layers='[-1]' --against runs/diagnose/all-blocks
+    """
+    from umm.diagnose import Request
+    from umm.diagnose import diagnose as run_diagnose
+
+    click.echo(run_diagnose(Request(config=config_file, overrides=overrides, **rest)))
+
+
 @cli.group()
 def synergy() -> None:
     """Do two tasks help each other? An experiment declared in a file, run as a whole, and what it shows."""
