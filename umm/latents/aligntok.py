@@ -4,7 +4,7 @@
     tune     everything learns; latents are held to what encoder and adapter gave when this stage began
     refine   the decoder learns, latents stay as they are
 
-No code was published: the adapter's inside and the stages' lengths are ours.
+No code was published: the adapter's inside, the stages' lengths and rates are ours.
 
 B batch, C channels, h w latent grid, H W image.
 """
@@ -56,9 +56,10 @@ class AlignTok(TrainedSpace):
         lengths = self.settings.lengths
         if len(lengths) != 3 or min(lengths) < 0 or sum(lengths) <= 0:
             raise ConfigError(f"latent.lengths={list(lengths)} must be three lengths, of align, tune and refine.")
+        held, everything = {"anchor": self.settings.anchor}, ("encoder", "adapter", "decoder")
         return (
             Stage("align", lengths[0], ("adapter", "decoder")),
-            Stage("tune", lengths[1], ("encoder", "adapter", "decoder"), weights={"anchor": self.settings.anchor}),
+            Stage("tune", lengths[1], everything, lr=self.settings.tune_lr, weights=held),
             Stage("refine", lengths[2], ("decoder",)),
         )
 
