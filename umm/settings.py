@@ -216,6 +216,7 @@ class AlignTokSettings(TrainedSettings):
     channels: int = 32  # of the latent, but for identity
     hidden: int = 1024  # of the mlp
     anchor: float = 1.0  # weight of the mean squared distance to the latents of the first stage
+    tune_lr: float = 0.1  # times recon.optim.lr while the encoder learns
     lengths: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # align, tune, refine; relative
     decoder: ConvDecoderSettings = field(default_factory=ConvDecoderSettings)
 
