@@ -15,9 +15,10 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from umm.errors import ConfigError, DataError, MissingWeights, UmmError
+from umm.latents._encoder import default_encoder_size, grid_side
 from umm.latents._stats import load_stats
 from umm.latents.base import LatentSpec, Normalizer, RunningStats
-from umm.latents.dinov2 import DINOv2, default_encoder_size, grid_side
+from umm.latents.dinov2 import DINOv2
 from umm.pretrained import sha256_of
 from umm.rng import generator
 from umm.settings import DINOv2Settings

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from umm import assets
 from umm.errors import ConfigError, MissingWeights, UnknownName, nearest
 from umm.layers import at_least_float32
-from umm.pretrained import load_pretrained
+from umm.pretrained import families_of, load_pretrained
 from umm.rng import PictureRNG, seeded_init
 from umm.settings import AdversarialSettings
 
@@ -195,12 +195,6 @@ def frozen_vit(backbone: str, taps: Sequence[int], input_size: int) -> FrozenViT
     if kind == "hub" and name:
         return TimmViT(load_timm(name, input_size), taps, families_of(name))
     return TimmViT(load_file(Path(backbone).expanduser(), input_size), taps, families_of(Path(backbone).name))
-
-
-def families_of(name: str) -> tuple[str, ...]:
-    """The family a backbone's name tells, or the name itself."""
-    known = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "deit")  # dino after its longer relatives
-    return (next((family for family in known if family in name.lower()), name),)
 
 
 def load_dinov2(folder: Path) -> nn.Module:

@@ -17,9 +17,10 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from umm.errors import MissingWeights, UmmError
 from umm.heads.decoder import Decoder
+from umm.latents._encoder import pixel_stats
 from umm.latents._stats import load_stats
 from umm.latents.base import LatentSpec
-from umm.latents.dinov2 import CLASSES, FINAL_NORM, DINOv2, pixel_stats
+from umm.latents.dinov2 import CLASSES, FINAL_NORM, DINOv2
 from umm.model import UnifiedModel, contiguous
 from umm.pretrained import UNUSED, installed_names, load_pretrained, locate, read_tensors
 from umm.rng import seeded_init

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,8 +26,10 @@ CLASSIC = {
 }
 
 
-def locate(weights: str, revision: str | None = None) -> Path:
+def locate(weights: str, revision: str | None = None, files: Sequence[str] = NEEDED_FILES) -> Path:
     """The local folder of `asset:<name>`, of a folder, or of a hub id (from the hub's cache where it is there).
+
+    Of a hub repository only `files` are fetched.
 
     Raises:
         MissingWeights: it is none of them, or the hub cannot be reached.
@@ -35,30 +37,37 @@ def locate(weights: str, revision: str | None = None) -> Path:
     if weights.startswith("asset:"):
         return assets.path(weights.removeprefix("asset:"))
     folder = Path(weights).expanduser()
-    return folder if folder.is_dir() else _from_hub(weights, revision)
+    return folder if folder.is_dir() else _from_hub(weights, revision, files)
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import constants, model_info, snapshot_download
 
-    arguments = {"repo_id": repo, "revision": revision, "allow_patterns": NEEDED_FILES}
+    arguments = {"repo_id": repo, "revision": revision, "allow_patterns": list(files)}
     try:
         with contextlib.suppress(OSError):
             cached = Path(snapshot_download(**arguments, local_files_only=True))
-            if (cached / "config.json").exists() and any(cached.glob("*.safetensors")):
+            if all(any(cached.glob(pattern)) for pattern in files if is_needed(pattern)):
                 return cached
         model_info(repo, revision=revision, timeout=10)  # one try: a download alone waits for minutes on a dead hub
         return Path(snapshot_download(**arguments))
     except Exception as error:  # the hub has a dozen kinds: offline, no such repository, gated, not an id, timeout
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         raise MissingWeights(
-            f"the weights '{repo}' are no local folder and cannot be had from the hub ({reason}): give a folder in "
-            "transformers layout, or latent.weights=asset:dinov2-small-saliency, which needs no hub."
+            f"the weights '{repo}' are no local folder and cannot be had from the hub ({reason}): give a folder in the "
+            "hub's layout, or latent.name=dinov2 latent.weights=asset:dinov2-small-saliency, which need no hub."
         ) from error
 
 
-def load_pretrained(folder: Path, classes: Mapping[str, type[nn.Module]]) -> nn.Module:
+def is_needed(pattern: str) -> bool:
+    """Whether nothing can be loaded without a file of this pattern."""
+    return Path(pattern).name == "config.json" or pattern.endswith(".safetensors")
+
+
+def load_pretrained(folder: Path, classes: Mapping[str, type[nn.Module]], beside: tuple[str, ...] = ()) -> nn.Module:
     """The model in `folder`, float32, of the class that its config.json's model_type names.
+
+    `beside`: beginnings of the names of tensors that the file may hold for other networks.
 
     Raises:
         MissingWeights: the folder lacks a file, is of another model type, or its tensors do not fit.
@@ -74,7 +83,7 @@ def load_pretrained(folder: Path, classes: Mapping[str, type[nn.Module]]) -> nn.
     except Exception as error:  # no file, truncated file, wrong shapes: transformers and safetensors have many kinds
         raise MissingWeights(f"the weights in {folder} cannot be read ({first_line(error)}).") from error
     missing = sorted(set(report["missing_keys"]) - set(UNUSED))
-    unexpected = sorted(report["unexpected_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not key.startswith(beside))
     if missing or unexpected:
         raise MissingWeights(
             f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing {missing[:3]}, "
@@ -128,6 +137,23 @@ def sha256_of(state: Mapping[str, Tensor], skip: Collection[str] = ()) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def sha256_of_values(tensors: Iterable[Tensor]) -> str:
+    """Digest of dtypes, shapes and numbers, whatever the tensors are called and in whatever order they come.
+
+    Versions of transformers rename and move the parts of a model; its numbers stay.
+    """
+    return hashlib.sha256("".join(sorted(sha256_of({"": value}) for value in tensors)).encode()).hexdigest()
+
+
+def families_of(name: str) -> tuple[str, ...]:
+    """The families that a model's name tells, or the name itself."""
+    known = ("dinov2", "dinov3", "dino", "siglip", "clip", "mae", "deit")  # dino after its longer relatives
+    found = [family for family in known if family in name.lower()][:1]
+    if any(tag in name.lower() for tag in ("in1k", "in12k", "in21k", "in22k", "augreg")):
+        found.append("vit")  # trained on ImageNet's labels
+    return tuple(found) or (name,)
 
 
 @contextlib.contextmanager

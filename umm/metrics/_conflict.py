@@ -9,7 +9,7 @@ MARK = "†"  # beside the judge's name in a table
 # Names on one line are one lineage: another size, or a successor trained alike, is not an independent judge.
 LINEAGES = (
     ("dino", "dinov2", "dinov3"),
-    ("inception", "efficientnet", "convnext", "resnet", "deit"),  # ImageNet classifiers: one label set
+    ("inception", "efficientnet", "convnext", "resnet", "deit", "vit"),  # ImageNet classifiers: one label set
     ("clip", "siglip", "siglip2"),
 )
 
