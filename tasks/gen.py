@@ -22,12 +22,14 @@ from umm.data.base import DataSource
 from umm.errors import ConfigError, DataError
 from umm.heads.dit import DiT
 from umm.judging import Records
+from umm.latents._trained import build_base
 from umm.latents.base import LatentSpace
 from umm.layers import patchify, tokens_of
 from umm.model import UnifiedModel, load_head
 from umm.pictures import save_grid
 from umm.rng import PictureRNG, seeded_init
 from umm.sampling import check_guidance
+from umm.settings import GenSettings
 from umm.tasks.base import Phase, Task
 
 log = logging.getLogger("umm")
@@ -45,7 +47,8 @@ class Gen(Task):
         super().__init__(config, space, val)
         self.settings = settings_of(config.gen)
         self.sampler = settings_of(config.eval).sampler
-        check_repa(self.settings.dit.repa_depth, self.settings.repa.weight)
+        check_repa(self.settings)
+        self.teacher = self.build_teacher()
         self.classes = self.find_classes()
         self.keys = self.find_keys()
         self.dit = self.build_dit()
@@ -78,13 +81,20 @@ class Gen(Task):
 
     @property
     def needs_features(self) -> bool:
-        return self.settings.repa.weight > 0 and self.settings.repa.target == "features"
+        return self.settings.dit.repa_depth > 0 and self.settings.repa.target == "features"
+
+    def build_teacher(self) -> LatentSpace:
+        """The space whose features are aligned with."""
+        if not self.needs_features or self.settings.repa.encoder is None:
+            return self.space
+        teacher = build_base(self.settings.repa.encoder, self.space.spec.image_size)
+        return teacher.to(self.space.normalizer.mean.device)
 
     def build_dit(self) -> DiT:
         settings = self.settings.dit
         if settings.repa_depth and settings.repa_dim is None:
             own = self.space.spec.channels * settings.patch**2
-            settings.repa_dim = feature_width(self.space) if self.needs_features else own
+            settings.repa_dim = feature_width(self.teacher) if self.needs_features else own
         with seeded_init(self.seed, self.name, "dit"):
             return DiT.from_config(settings, self.space.spec, len(self.classes), self.classes)
 
@@ -124,7 +134,7 @@ class Gen(Task):
         """Clean tokens to align with, (B, N, D), N those of the network."""
         if self.settings.repa.target == "latent":
             return patchify(batch["latent"], self.settings.dit.patch)
-        features = self.space.features(batch["image"]).patches  # (B, N', D)
+        features = self.teacher.features(batch["image"]).patches  # (B, N', D)
         side = round(features.shape[1] ** 0.5)
         grid = features.transpose(1, 2).unflatten(2, (side, -1))
         return tokens_of(F.adaptive_avg_pool2d(grid, self.dit.grid))
@@ -155,7 +165,8 @@ class Gen(Task):
 
     def facts(self) -> dict:
         """How to draw from the network, and the families that took part in training."""
-        trained_with = self.decoder_facts.get("trained_with", {}) | dict.fromkeys(self.space.families, "encoder")
+        trained_with = self.decoder_facts.get("trained_with", {}) | dict.fromkeys(self.teacher.families, "alignment")
+        trained_with |= dict.fromkeys(self.space.families, "encoder")
         drawing = {"flow": asdict(self.settings.flow), "sampler": asdict(self.sampler)}
         return {"trained_with": trained_with, "generation": drawing}
 
@@ -180,11 +191,14 @@ def misalignment(tokens: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(tokens.float(), target.float(), dim=-1).mean()
 
 
-def check_repa(depth: int, weight: float) -> None:
-    if (depth > 0) != (weight > 0):
+def check_repa(settings: GenSettings) -> None:
+    depth, repa = settings.dit.repa_depth, settings.repa
+    if repa.weight > 0 and depth == 0:
         raise ConfigError(
-            f"gen.repa.weight={weight} and gen.dit.repa_depth={depth}: alignment needs both above 0, or both 0."
+            f"gen.repa.weight={repa.weight} and gen.dit.repa_depth=0: alignment needs a depth, REPA's is 8."
         )
+    if repa.encoder is not None and (depth == 0 or repa.target == "latent"):
+        raise ConfigError("gen.repa.encoder is for gen.dit.repa_depth above 0 and gen.repa.target=features.")
 
 
 @torch.no_grad()

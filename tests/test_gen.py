@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fakes.gen import gen_settings
@@ -15,6 +16,7 @@ from fakes.interrupting import interrupted_after
 from fakes.space import Patches
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import umm
 from umm import flow
@@ -23,7 +25,8 @@ from umm.errors import ConfigError, DataError, UmmError
 from umm.evaluate import evaluate_run
 from umm.heads.dit import DiT
 from umm.latents.base import LatentSpec
-from umm.learner import finished
+from umm.latents.dinov2 import DINOv2
+from umm.learner import Learner, finished
 from umm.metrics._probe import RidgeProbe
 from umm.rng import PictureRNG, generator
 from umm.runs import Run
@@ -154,9 +157,34 @@ def test_alignment_pulls_hidden_tokens_towards_clean_ones(settings, target, cach
     assert float(misalignment(tokens, -tokens)) == pytest.approx(2)
 
 
-def test_alignment_needs_both_its_settings(settings):
+def test_alignment_needs_a_depth_and_an_encoder_needs_alignment(settings):
     with pytest.raises(ConfigError, match=r"repa.weight=0.5 and gen.dit.repa_depth=0"):
         task_of(settings, **{"gen.repa.weight": 0.5})
+    for wrong in ({}, {"gen.dit.repa_depth": 1, "gen.repa.target": "latent"}):
+        with pytest.raises(ConfigError, match=r"gen.repa.encoder is for"):
+            task_of(settings, **{"gen.repa.encoder": "{name: dinov2}"}, **wrong)
+
+
+def test_alignment_of_weight_0_is_plain_training_bit_for_bit(settings, tmp_path):
+    """The projector neither moves the other first weights nor their gradients; the misalignment is only logged."""
+    plain = run_of(settings, run=tmp_path / "plain")
+    idle = run_of(settings, run=tmp_path / "idle", **{"gen.dit.repa_depth": 1, "gen.repa.weight": 0.0})
+    a, b = (load_file(run.folder / "model" / "dit.safetensors") for run in (plain, idle))
+    assert a.keys() == {key for key in b if not key.startswith("repa.")}
+    assert not [key for key in a if not torch.equal(a[key], b[key])]
+    one, other = ([row["gen.dit.flow"] for row in run.read_log()] for run in (plain, idle))
+    assert one == other and "gen.dit.repa" in idle.read_log()[0]
+
+
+def test_latents_can_be_aligned_with_another_encoders_features(settings, tmp_path):
+    DINOv2.tiny().encoder.save_pretrained(tmp_path / "encoder")
+    encoder = f"{{name: dinov2, weights: {tmp_path / 'encoder'}, encoder_size: 56}}"
+    task = task_of(settings, **{"gen.dit.repa_depth": 1, "gen.repa.weight": 0.5, "gen.repa.encoder": encoder})
+    assert task.teacher.families == ("dinov2",) and task.settings.dit.repa_dim == 32
+    x = torch.rand(2, 3, 16, 16, generator=generator("x"))
+    expected = task.teacher.features(x).patches
+    assert torch.equal(task.alignment_target({"image": x}), expected)
+    assert task.facts()["trained_with"] == {"dinov2": "alignment", "patches": "encoder"}
 
 
 def test_labels_are_dropped_as_often_as_asked(settings):
@@ -258,6 +286,74 @@ def test_short_bfloat16_training_stays_close_to_float32(settings, tmp_path):
     for a, b in zip(full, half):
         assert a["gen.dit.loss"] == pytest.approx(b["gen.dit.loss"], rel=0.02)
     assert half[-1]["gen.dit.loss"] < half[0]["gen.dit.loss"]
+
+
+def steepened(dit: DiT) -> DiT:
+    """Queries and keys a hundred times as large: what long training does where nothing holds them."""
+    with torch.no_grad():
+        for name, module in dit.named_modules():
+            if name.endswith(".attn"):
+                module.qkv.weight[: 2 * module.qkv.in_features] *= 100
+    return dit
+
+
+def trained(dit: DiT, precision: str, steps: int = 60) -> tuple[float, float]:
+    """(last loss, largest gradient norm); precision fp32, autocast, or bf16 for everything."""
+    draw = generator("half precision")
+    x, target = torch.randn(2, 16, *dit.spec.shape, generator=draw)
+    t, y = torch.rand(16, generator=draw), torch.arange(16) % 10
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    optimizer, norms = torch.optim.AdamW(dit.to(dtype).parameters(), 1e-3), []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            loss = (dit(x.to(dtype), t, y).float() - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0).item())
+        optimizer.step()
+    return loss.item(), max(norms)
+
+
+def test_bfloat16_follows_float32_through_huge_queries_and_keys_with_qk_norm():
+    """And it is the float32 parts that do it: with everything in bfloat16 the same training ends elsewhere."""
+    spec = LatentSpec(12, 4, 4, 64)
+    ends = {p: trained(steepened(DiT.tiny(spec, qk_norm=True)), p) for p in ("fp32", "autocast", "bf16")}
+    assert max(norm for _, norm in ends.values()) < 1
+    assert ends["autocast"][0] == pytest.approx(ends["fp32"][0], rel=0.01)
+    gap = {p: abs(ends[p][0] - ends["fp32"][0]) for p in ("autocast", "bf16")}
+    assert gap["bf16"] > 3 * gap["autocast"]
+
+
+def test_without_qk_norm_huge_queries_and_keys_blow_up_gradients_in_either_precision():
+    spec = LatentSpec(12, 4, 4, 64)
+    for precision in ("fp32", "autocast"):
+        loss, norm = trained(steepened(DiT.tiny(spec)), precision)
+        assert norm > 5 and loss < 1
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+class NoPeeking(TorchDispatchMode):
+    """Refuses what makes a GPU wait: numbers and shapes that the host has to read from a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"), func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [[], RAEV2], ids=["rae", "raev2"])
+def test_a_step_reads_no_number_on_the_host(settings, kind, monkeypatch):
+    monkeypatch.setattr(F, "one_hot", lambda x, n: (x[:, None] == torch.arange(n)).long())  # only on CPUs it looks
+    task = task_of([*settings, *kind])
+    learner = Learner(task.groups()[0], Accelerator(cpu=True), 10**6, False)
+    batch = {"latent": torch.randn(8, *task.space.spec.shape), "label": torch.zeros(8, dtype=torch.int64)}
+    for first in (0, 8):
+        with NoPeeking():
+            terms = learner.step({"gen": [batch]}, {"gen": [list(range(first, first + 8))]}, first)
+    assert torch.isfinite(terms["gen.dit.loss"])
+    with pytest.raises(AssertionError), NoPeeking():
+        terms["gen.dit.loss"].item()
 
 
 # ------------------------------------------------------------------------------------------------------------- decoder

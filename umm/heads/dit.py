@@ -76,9 +76,10 @@ class DiT(Head):
             self._add_wide_head(out)
         self.final = FinalLayer(config.head_width if config.head_depth else width, out, config)
         self.base_final = FinalLayer(width, out, config) if config.base_depth else None
+        self._initialise()
+        # drawn last: with or without it the network begins with the same weights
         repa_dim = config.repa_dim or spec.channels
         self.repa = repa_projector(width, repa_dim, config.repa_layers) if config.repa_depth else None
-        self._initialise()
 
     def _add_wide_head(self, patch_dim: int) -> None:
         config, width = self.config, self.config.head_width
