@@ -3,7 +3,8 @@
     python benchmarks/bench_probe.py            about a minute on two CPU cores, no network, no weights
 
 Features are random, 768 wide as DINOv2-B's, 1000 classes for the linear grid and kNN: the work of ImageNet. The grid is
-13 learning rates in one pass, against 13 passes of one rate (`alone`) and against 13 layers with autograd.
+13 learning rates in one pass, against 13 passes of one rate (`alone`) and against 13 layers with autograd. All three do
+the same sums on features in memory; what one pass saves beside them is reading the features 12 times more.
 """
 
 from __future__ import annotations
