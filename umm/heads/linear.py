@@ -89,7 +89,7 @@ class LinearGrid:
         cosine = 0.5 * (1 + math.cos(math.pi * self.taken / self.steps))
         rates = self.row_rates * (cosine * len(x) / REFERENCE_BATCH)
         weight_momentum, bias_momentum = self.momenta
-        weight_momentum.mul_(MOMENTUM).addmm_(gradient.T, x)
+        weight_momentum.addmm_(gradient.T, x, beta=MOMENTUM)  # of R * K rows: every pass over them counts
         bias_momentum.mul_(MOMENTUM).add_(gradient.sum(0))
         self.weight.addcmul_(rates[:, None], weight_momentum, value=-1)
         self.bias.addcmul_(rates, bias_momentum, value=-1)
