@@ -281,6 +281,17 @@ def test_the_small_language_model_learns_its_text_and_is_found_again(tmp_path, m
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_words_that_stand_in_the_same_places_stay_apart(tmp_path, monkeypatch):
+    """What the language model takes for one word no adapter can tell apart; it is frozen."""
+    monkeypatch.setenv("UMM_CACHE", str(tmp_path))
+    colours = "red green blue white black".split()
+    texts = [f"is there a {colour} circle ? {answer}" for colour in colours for answer in ("yes", "no")]
+    tokenizer, model = pretrained_tiny(dataclasses.replace(SMALL, width=32, steps=60, batch_size=8), texts, seed=0)
+    ids = wrapped_tokenizer(tokenizer).convert_tokens_to_ids(colours)
+    words = torch.nn.functional.normalize(model.get_input_embeddings().weight[ids], dim=1)
+    assert (words @ words.T).fill_diagonal_(0).max() < 0.5
+
+
 def test_a_width_its_heads_cannot_share_is_refused():
     with pytest.raises(ConfigError, match=r"llm\.tiny\.width=16 must be a multiple of 2 llm\.tiny\.heads=6"):
         tiny_model(dataclasses.replace(SMALL, heads=3), 10)
