@@ -37,3 +37,27 @@ def fake_overrides(tmp_path):
         "train.sample_every=96",
         "train.device=cpu",
     ]
+
+
+@pytest.fixture
+def fake_discriminator(monkeypatch):
+    """A discriminator small enough for a test, with the spectral norms of the real one."""
+    import torch
+
+    from umm.tasks import _picture_loss
+
+    class Small(torch.nn.Module):
+        families = ("fake",)
+
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 4, 3, stride=2))
+
+        @classmethod
+        def from_config(cls, config):
+            return cls()
+
+        def forward(self, images):
+            return self.net(images).flatten(1)
+
+    monkeypatch.setattr(_picture_loss, "Discriminator", Small)

@@ -40,28 +40,6 @@ GAN = [
 ]
 
 
-@pytest.fixture
-def fake_discriminator(monkeypatch):
-    """A discriminator small enough for a test, with the spectral norms of the real one."""
-    from umm.tasks import _picture_loss
-
-    class Small(torch.nn.Module):
-        families = ("fake",)
-
-        def __init__(self):
-            super().__init__()
-            self.net = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 4, 3, stride=2))
-
-        @classmethod
-        def from_config(cls, config):
-            return cls()
-
-        def forward(self, images):
-            return self.net(images).flatten(1)
-
-    monkeypatch.setattr(_picture_loss, "Discriminator", Small)
-
-
 def run_of(config_overrides, **changes):
     return Run(train(load("recon", None, [*config_overrides, *(f"{k}={v}" for k, v in changes.items())])).parent)
 

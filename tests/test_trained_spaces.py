@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import umm
 from umm import losses
+from umm.build import settings_of
 from umm.config import load
 from umm.errors import ConfigError, MissingWeights
 from umm.latents._conv import ConvDecoder
@@ -28,6 +29,7 @@ from umm.registry import find
 from umm.rng import PictureRNG, generator
 from umm.runs import Run
 from umm.settings import ConvDecoderSettings, OptimSettings, PyramidSettings
+from umm.tasks._picture_loss import PictureLoss
 from umm.tasks._tokenizer import slowed, windows
 from umm.tasks.recon import Recon
 from umm.train import train
@@ -41,6 +43,9 @@ SMALL = {
     "vfm_vae": "latent.channels=4 latent.levels=[0,-1] latent.level_width=8 latent.lengths=[1,1,1,1] "
     "latent.decoder.width=16 latent.decoder.style=8 latent.decoder.blocks=1 latent.decoder.attention=1",
 }
+
+GAN = """recon.adversarial.weight=0.75 recon.adversarial.backbone=fakes recon.adversarial.start_discriminator=16
+recon.adversarial.start_generator=32 recon.adversarial.optim.warmup=0""".split()
 
 
 def pictures(count: int = 4, side: int = 64, seed: object = 0) -> torch.Tensor:
@@ -405,16 +410,35 @@ def test_statistics_are_those_of_the_trained_latents(tmp_path, encoder):
 
 
 @pytest.mark.parametrize("name,steps", [("svg", 6), ("aligntok", 6), ("vfm_vae", 5)])
-def test_an_interrupted_run_ends_bit_identical(name, steps, tmp_path, encoder):
-    """AlignTok is stopped inside `tune`, whose anchor must survive, and VFM-VAE with its balance."""
-    whole = Run(train(load("recon", None, settings(name, tmp_path / "whole", encoder))).parent)
-    overrides = settings(name, tmp_path / "stopped", encoder, "train.save_every=8")
+def test_an_interrupted_run_ends_bit_identical(name, steps, tmp_path, encoder, fake_discriminator):
+    """AlignTok is stopped inside `tune`, whose anchor must survive, and VFM-VAE with its balance; all with a GAN."""
+    whole = Run(train(load("recon", None, settings(name, tmp_path / "whole", encoder, *GAN))).parent)
+    overrides = settings(name, tmp_path / "stopped", encoder, "train.save_every=8", *GAN)
     with interrupted_after(steps):
         train(load("recon", None, overrides))
     again = Run(train(load("recon", None, overrides)).parent)
     assert_identical(weights_of(whole), weights_of(again))
     own = [load_file(run.folder / "model" / "space.safetensors") for run in (whole, again)]
     assert_identical(*own)
+
+
+def test_one_discriminator_accompanies_all_stages(tmp_path, encoder, fake_discriminator):
+    log = Run(train(load("recon", None, settings("vfm_vae", tmp_path, encoder, *GAN))).parent).read_log()
+    seen = [key.split(".")[0] for record in log for key in record if key.endswith("discriminator.loss")]
+    assert seen == ["warm"] + ["align"] * 3 + ["relax"] * 3 + ["refine"] * 3
+
+
+def test_the_balance_is_the_ratio_of_two_gradients():
+    """Pictures a w above black: d rec / d w = mean of a = 1. The term 3 w: 3."""
+    settings_ = load("recon", None, ["recon.perceptual.name=none", "recon.adversarial.weight=0"]).recon
+    loss = PictureLoss(settings_of(settings_), 0, torch.device("cpu"), None, ())
+    w, a = torch.nn.Parameter(torch.tensor([2.0])), torch.tensor([0.5, 1.5]).view(1, 2, 1, 1)
+    drawn = w * a
+    loss.begin("parts")
+    loss.drawing(drawn, torch.zeros_like(drawn), rng(1), 0, w)
+    assert loss.balance("vf", (3 * w).sum(), drawn, w) == 0, "the first step only measures"
+    loss.end(lambda x: x)
+    assert_close(loss.adaptive["vf"].double(), torch.tensor(1.0 / 3).double(), rtol=1e-5, atol=0)
 
 
 def test_the_encoder_is_untouched_by_align_and_latents_by_refine(tmp_path, encoder):
