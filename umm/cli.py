@@ -100,6 +100,20 @@ def evaluate(run: str, split: str | None, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", default="report.html", show_default=True, help="The page to write.")
+def report(runs: tuple[str, ...], out: str) -> None:
+    """One HTML page for any set of runs: settings that differ, training curves, pictures, tables.
+
+    \b
+    umm report runs/recon-a runs/recon-b --out decoders.html
+    """
+    from umm.report import write_report
+
+    click.echo(write_report(runs, out))
+
+
+@cli.command()
 @click.argument("run")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--out", default="reconstructions.png", show_default=True, help="The picture to write.")
