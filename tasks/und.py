@@ -112,6 +112,20 @@ class Und(Task):
             parameter.requires_grad_(True)
 
     def view(self, data):
+        """The pictures learnt from.
+
+        Raises:
+            DataError: a class has none, as far as a cache tells (to read all labels of a folder is to read it).
+        """
+        few = self.settings.limit is not None or self.config.data.limit is not None
+        if self.config.cache.dir is not None and not few:
+            labels = data.select("label").batch(range(len(data)))["label"]
+            empty = [name for name, n in zip(self.classes, labels.bincount(minlength=len(self.classes))) if not n]
+            if empty:
+                raise DataError(
+                    f"the class '{empty[0]}' has no training picture ({len(empty)} of {len(self.classes)} classes): "
+                    "remove it from the data set, or add pictures of it."
+                )
         return first(data, self.settings.limit, "und.limit")
 
     # ------------------------------------------------------------------------------------------------------ training

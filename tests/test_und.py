@@ -210,6 +210,11 @@ def test_a_picture_judged_twice_is_an_error():
         class_records([("p0", 0, 0), ("p0", 0, 0)], ["cat"])
 
 
+def test_a_class_without_training_pictures_is_refused(settings):
+    with pytest.raises(DataError, match=r"class 'nobody' has no training picture \(1 of 4 classes\)"):
+        trained(settings, "data.empty=true")
+
+
 @pytest.mark.parametrize("conditioning", ["adaln", "tokens"])
 @pytest.mark.parametrize("head_depth", [0, 1])
 def test_what_a_reader_sees_is_what_gets_a_gradient(conditioning, head_depth):
