@@ -2,7 +2,7 @@
 
     pictures x    uniform noise, (48,) numbers of variance 1
     answers       u = A_u W_u x,  g = A_g W_g x,  with noise; W 4 x 48 of orthonormal rows, A 8 x 4
-    network       a shared linear trunk x -> h of `width` numbers, a linear head each: 8 answers from h
+    network       a shared linear trunk x -> h of WIDTH numbers, a linear head each: 8 answers from h
 
 planted.pair=same      W_u = W_g: all that is hard to learn, 192 of 224 numbers, is common: both must gain
 planted.pair=apart     rows of W_g orthogonal to those of W_u, and room in the trunk for both: neither gains nor loses
@@ -30,6 +30,7 @@ from umm.settings import DataSettings, LatentSettings, OptimSettings
 from umm.tasks.base import Group, Phase, Task, Turn
 
 SIDE, RANK, ANSWERS, DIM = 4, 4, 8, 48
+WIDTH = {"same": 8, "apart": 16, "rivals": 4}  # of the trunk
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Planted(Task):
         self.settings = settings_of(config.planted)
         self.maps = hidden_maps(self.settings.pair, self.seed)
         with seeded_init(self.seed, "planted"):
-            self.network = _Trunk(RANK if self.settings.pair == "rivals" else 2 * RANK)
+            self.network = _Trunk(WIDTH[self.settings.pair])
         self.parts = {name: _Part(name, self) for name in self.settings.parts}
         last.update(network=self.network, maps=self.maps, space=space)
 
