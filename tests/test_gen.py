@@ -134,6 +134,15 @@ def test_an_interrupted_run_ends_bit_identical(settings, tmp_path):
     assert a.keys() == b.keys() and not [key for key in a if not torch.equal(a[key], b[key])]
 
 
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(settings, tmp_path):
+    """While the rate is constant; so the network after 1 % of a training is one command away."""
+    whole = run_of(settings, run=tmp_path / "whole").folder / "checkpoints" / "00000008"
+    part = run_of(settings, run=tmp_path / "part", **{"train.images": 64}).latest()
+    for name in ("model", "ema"):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole, part))
+        assert not [key for key in a if not torch.equal(a[key], b[key])]
+
+
 def test_the_saved_model_holds_the_average_and_not_the_weights(drawn):
     saved, tensors = load_file(drawn.folder / "model" / "dit.safetensors"), final_tensors(drawn)
     assert torch.equal(saved["final.linear.weight"], tensors["ema/gen.dit/final.linear.weight"])
@@ -297,16 +306,15 @@ def steepened(dit: DiT) -> DiT:
     return dit
 
 
-def trained(dit: DiT, precision: str, steps: int = 60) -> tuple[float, float]:
-    """(last loss, largest gradient norm); precision fp32, autocast, or bf16 for everything."""
+def trained(dit: DiT, precision: str, steps: int = 30) -> tuple[float, float]:
+    """(last loss, largest gradient norm) in fp32 or under autocast to bfloat16."""
     draw = generator("half precision")
     x, target = torch.randn(2, 16, *dit.spec.shape, generator=draw)
     t, y = torch.rand(16, generator=draw), torch.arange(16) % 10
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    optimizer, norms = torch.optim.AdamW(dit.to(dtype).parameters(), 1e-3), []
+    optimizer, norms = torch.optim.AdamW(dit.parameters(), 1e-3), []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            loss = (dit(x.to(dtype), t, y).float() - target).square().mean()
+            loss = (dit(x, t, y) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0).item())
@@ -315,13 +323,12 @@ def trained(dit: DiT, precision: str, steps: int = 60) -> tuple[float, float]:
 
 
 def test_bfloat16_follows_float32_through_huge_queries_and_keys_with_qk_norm():
-    """And it is the float32 parts that do it: with everything in bfloat16 the same training ends elsewhere."""
     spec = LatentSpec(12, 4, 4, 64)
-    ends = {p: trained(steepened(DiT.tiny(spec, qk_norm=True)), p) for p in ("fp32", "autocast", "bf16")}
-    assert max(norm for _, norm in ends.values()) < 1
-    assert ends["autocast"][0] == pytest.approx(ends["fp32"][0], rel=0.01)
-    gap = {p: abs(ends[p][0] - ends["fp32"][0]) for p in ("autocast", "bf16")}
-    assert gap["bf16"] > 3 * gap["autocast"]
+    (loss, norm), (half, half_norm) = (
+        trained(steepened(DiT.tiny(spec, qk_norm=True)), precision) for precision in ("fp32", "autocast")
+    )
+    assert norm < 1 and half_norm < 1
+    assert half == pytest.approx(loss, rel=0.01)
 
 
 def test_without_qk_norm_huge_queries_and_keys_blow_up_gradients_in_either_precision():
@@ -465,4 +472,5 @@ def test_the_published_recipe_builds_its_network():
 
 def test_the_tiny_recipe_shares_its_latents_with_reconstruction():
     gen, recon = (load(task, CONFIGS / "tiny" / f"{task}.yaml") for task in ("gen", "recon"))
-    assert gen.data == recon.data and gen.latent == recon.latent and gen.cache == recon.cache
+    assert gen.latent == recon.latent and gen.cache == recon.cache
+    assert {k for k in gen.data if gen.data[k] != recon.data[k]} == {"max_objects", "textured"}  # easier scenes
