@@ -10,17 +10,18 @@ import hashlib
 import itertools
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
+from omegaconf import DictConfig, OmegaConf, SCMode
 
 from umm.config import combine, first_difference, flatten, merge, nest, read_yaml
 from umm.errors import ConfigError, nearest
 from umm.runs import reading, write_atomic
 
 SET_HERE = ("run", "seed", "eval.split")  # settings of a run that the experiment gives
+ROLES = ("single", "joint", "stop", "placebo", "distill", "more", "sequential", "floor", "front")
 CONTROLS = ("placebo", "distill", "more")  # arms whose gain is taken off the joint arm's
 NAME = re.compile(r"[A-Za-z0-9][\w.+@=-]*")
 TAKEN = ("tuning", "report")
@@ -31,10 +32,10 @@ class Endpoint:
     """One direction of the question: a number of the evaluation and how it becomes an error."""
 
     row: dict[str, Any] = field(default_factory=dict)  # fields that single out one row, {metric: kid, space: effnet}
-    single: str = MISSING  # the specialist's arm
+    single: str = ""  # the specialist's arm
     error: Literal["value", "1 - value", "100 - value"] = "value"
     floor: float | None = None  # smaller errors count as this one: half an item of the test set, say
-    margin: float = MISSING  # changes smaller than that are as good as none
+    margin: float = 0.0  # changes smaller than that are as good as none
     margin_in: Literal["percent", "value"] = "percent"  # of the error, or in units of the number itself
     primary: bool = True  # False: exploratory
 
@@ -49,7 +50,7 @@ class Arm:
     floor: no training of what is shared. front: the headline arm with other loss weights, made from `front`.
     """
 
-    role: Literal["single", "joint", "stop", "placebo", "distill", "more", "sequential", "floor", "front"] = MISSING
+    role: str = ""
     measures: list[str] = field(default_factory=list)  # endpoints; none: all
     compute: float = 1.0  # of what is shared, all losses together, in units of the specialist's
     overrides: dict[str, Any] = field(default_factory=dict)  # {joint.parts: [und]}
@@ -63,7 +64,7 @@ class Arm:
 class Front:
     """The headline arm at other values of one setting, in general the weight of a loss."""
 
-    key: str = MISSING
+    key: str = ""
     values: list[float] = field(default_factory=list)
     seeds: int | None = None
 
@@ -85,9 +86,9 @@ class Tuning:
 class Comparison:
     """An exploratory question: is `arm` better than `reference` on `endpoint`?"""
 
-    arm: str = MISSING
-    reference: str = MISSING
-    endpoint: str = MISSING
+    arm: str = ""
+    reference: str = ""
+    endpoint: str = ""
 
 
 @dataclass
@@ -96,17 +97,17 @@ class Declaration:
 
     task: str = "joint"
     about: str = ""
-    folder: str = MISSING
+    folder: str = ""
     config: str | None = None  # configuration file of all arms, relative to this one
     overrides: dict[str, Any] = field(default_factory=dict)  # of all arms
     split: Literal["val", "test"] = "test"
     seeds: Any = 8  # a number, or a list
-    headline: str = MISSING  # the joint arm the verdict is about
-    endpoints: dict[str, Endpoint] = field(default_factory=dict)
-    arms: dict[str, Arm] = field(default_factory=dict)
-    front: Front | None = None
-    tuning: Tuning | None = None
-    comparisons: list[Comparison] = field(default_factory=list)
+    headline: str = ""  # the joint arm the verdict is about
+    endpoints: dict[str, Any] = field(default_factory=dict)  # name -> Endpoint
+    arms: dict[str, Any] = field(default_factory=dict)  # name -> Arm
+    front: Any = None  # Front
+    tuning: Any = None  # Tuning
+    comparisons: list[Any] = field(default_factory=list)  # Comparisons
     alpha: float = 0.05  # two-sided
     test: Literal["sign-flip", "t"] = "sign-flip"  # decides; the exact one needs 6 seeds to reach 0.05
     tolerance: float = 1e-6  # relative difference of errors by which a stop arm may miss its specialist
@@ -168,13 +169,13 @@ def read_declaration(file: str | Path) -> Declaration:
     Raises:
         ConfigError: one sentence about the first thing that is wrong; every arm's settings are tried.
     """
-    layer = read_yaml(file)
-    merged = merge(OmegaConf.structured(Declaration), layer, str(file))
-    plain = OmegaConf.to_container(merged, resolve=False, structured_config_mode=SCMode.DICT)
-    for key, value in flatten(plain):
-        if value == MISSING:
-            raise ConfigError(f"{file}: '{key}' is not given.")
-    declared = Declaration.of(plain)
+    stored = typed(Declaration, read_yaml(file), str(file))
+    for kind, cls, name in (("endpoints", Endpoint, "endpoint"), ("arms", Arm, "arm")):
+        stored[kind] = {key: typed(cls, given, f"{file}, {name} '{key}'") for key, given in stored[kind].items()}
+    stored["comparisons"] = [typed(Comparison, given, f"{file}, comparisons") for given in stored["comparisons"]]
+    for kind, cls in (("front", Front), ("tuning", Tuning)):
+        stored[kind] = stored[kind] and typed(cls, stored[kind], f"{file}, {kind}")
+    declared = Declaration.of(stored)
     if isinstance(declared.seeds, int):
         declared.seeds = list(range(declared.seeds))
     check(declared, file)
@@ -182,6 +183,18 @@ def read_declaration(file: str | Path) -> Declaration:
     for name in declared.arms:
         configuration(declared.task, declared.settings(name, Path("x"), 0, declared.split), f"arm '{name}' of {file}")
     return declared
+
+
+def typed(cls: type, given: Any, source: str) -> dict:
+    """All fields of a dataclass as a dictionary, those that are given checked for name and type."""
+    if not isinstance(given, dict | DictConfig):
+        raise ConfigError(f"{source} must be a mapping of settings, got {given!r}.")
+    names, merged = [field.name for field in fields(cls)], OmegaConf.structured(cls)
+    for key, value in given.items():
+        if key not in names:
+            raise ConfigError(f"unknown setting '{key}' ({source}).{nearest(str(key), names)}")
+        merged = merge(merged, OmegaConf.create({key: value}), source)
+    return OmegaConf.to_container(merged, resolve=False, structured_config_mode=SCMode.DICT)
 
 
 def folded(declared: Declaration, file: Path) -> Declaration:
@@ -212,9 +225,13 @@ def check(declared: Declaration, file: str | Path) -> None:
         raise ConfigError(f"{file}: two endpoints are primary, one a direction, not {len(declared.primary)}.")
     if not 0 < declared.alpha < 1:
         raise ConfigError(f"{file}: alpha={declared.alpha} must lie between 0 and 1.")
-    known(declared.headline, declared.with_role("joint"), f"{file}: headline", "arm of role joint")
+    if not declared.folder:
+        raise ConfigError(f"{file}: folder is not given: where are the runs to be?")
+    if declared.front and not (declared.front.key and declared.front.values):
+        raise ConfigError(f"{file}: front needs a key, e.g. joint.weights.und, and values.")
     for name, arm in declared.arms.items():
         check_arm(declared, name, arm, file)
+    known(declared.headline, declared.with_role("joint"), f"{file}: headline", "arm of role joint")
     for name, endpoint in declared.endpoints.items():
         check_endpoint(declared, name, endpoint, file)
     for row in declared.comparisons:
@@ -229,6 +246,7 @@ def check_arm(declared: Declaration, name: str, arm: Arm, file: str | Path) -> N
     where = f"{file}: arm '{name}'"
     if not NAME.fullmatch(name) or name in TAKEN:
         raise ConfigError(f"{where} names a folder: letters, digits and . _ + @ = - only, not {' or '.join(TAKEN)}.")
+    known(arm.role, ROLES, where, "role")
     if arm.role == "front":
         raise ConfigError(f"{where}: arms of role front are made from the section 'front'.")
     for endpoint in arm.measures:

@@ -132,19 +132,22 @@ def sigterm_raises() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------- one run (worker)
 
 
-def perform(judge: Judge, job: Job) -> dict:
+def perform(judge: Judge, job: Job) -> None:
     """Do a job in this process and write its result, the last of its files."""
     again, started = (job.folder / "config.yaml").exists(), time.perf_counter()
     config = configuration(job.task, job.settings, f"arm '{job.group}'")
     rows, costs = judge(config)
     costs = {"seconds": round(time.perf_counter() - started, 2), **costs}
-    result = {"arm": job.group, "seed": job.seed, "rows": rows, "costs": {} if again else costs}  # of a whole run only
-    result |= {"declaration": job.sha256, "config_hash": config_hash(config, ("run", "seed"))}
-    result |= {"commit": commit(), "finished": now()}
+    facts = {"config_hash": config_hash(config), "commit": commit(), "finished": now()}
+    keep(job, rows, {} if again else costs, facts)  # costs of a whole run only
+    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # model/ stays
+
+
+def keep(job: Job, rows: list[dict], costs: dict[str, float], facts: dict) -> None:
+    """Write the result of a job."""
+    result = {"arm": job.group, "seed": job.seed, "rows": rows, "costs": costs, "declaration": job.sha256, **facts}
     job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.folder / RESULT, json.dumps(result, indent=1))
-    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # model/ stays
-    return result
 
 
 def train_and_judge(config: DictConfig) -> tuple[list[dict], dict[str, float]]:

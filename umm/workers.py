@@ -95,6 +95,7 @@ def finished(crew: list[Worker]) -> list[tuple[str, Any, Any]]:
 
 def serve(pipe: Connection, function: Callable[[Any], Any], threads: int) -> None:
     """The life of a worker: jobs until its pipe closes."""
+    os.setpgrp()  # Ctrl-C in the terminal is the parent's to hear; it ends its workers one by one
     os.environ |= {name: str(threads) for name in THREADS}  # read when numerical libraries are first imported
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:

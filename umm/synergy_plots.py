@@ -1,0 +1,104 @@
+"""The plots of a synergy report: learning curves with the joint arms on them, the front, and the scores per seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from umm.plots import SOFT, look, new_axes, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plots(found: dict) -> dict[str, tuple[Figure, str, str]]:
+    """{file name: (figure, caption, what is to be seen)} of an analysis."""
+    drawn = {}
+    with styled():
+        for endpoint in found["joint"][found["declaration"]["headline"]]["directions"]:
+            if len(curve_points(found, endpoint)) > 1:
+                words = f"Error of {endpoint}: specialists by compute, and joint arms at theirs. A dotted line ends "
+                words += "at the compute a specialist would need."
+                drawn[f"curve-{endpoint}"] = learning_curve(found, endpoint), words, f"learning curve of {endpoint}"
+            words = f"s of {endpoint} against its specialist: a point a seed, mean and interval. Right of 0 is better."
+            drawn[f"seeds-{endpoint}"] = seed_scores(found, endpoint), words, f"scores of {endpoint} per seed"
+        if len(found["front"]) > 1:
+            words = f"The headline arm by {found['declaration']['front']['key']}; dashed: the specialists. "
+            words += "Left of and below both lines is better than both specialists."
+            drawn["front"] = front(found), words, "front of the two errors over the loss weight"
+    return drawn
+
+
+def curve_points(found: dict, endpoint: str) -> list[tuple[float, dict]]:
+    """[(compute, error with its interval)] of the specialists, cheapest first."""
+    points = [
+        (arm["compute"], arm["endpoints"][endpoint]["error"])
+        for arm in found["arms"].values()
+        if arm["role"] == "single" and endpoint in arm["endpoints"]
+    ]
+    return sorted((p for p in points if p[1]["mean"] is not None), key=lambda p: p[0])
+
+
+def learning_curve(found: dict, endpoint: str) -> Figure:
+    figure, axes = new_axes(f"{endpoint}: error", "compute, in that of the specialist")
+    points = curve_points(found, endpoint)
+    axes.set(xscale="log", yscale="log")
+    draw_errors(axes, [x for x, _ in points], [error for _, error in points], "alone", 0, "-")
+    for i, (name, joint) in enumerate(found["joint"].items(), 1):
+        arm = found["arms"][name]
+        error = arm["endpoints"].get(endpoint, {}).get("error", {})
+        if error.get("mean") is None:
+            continue
+        draw_errors(axes, [arm["compute"]], [error], name, i, "")
+        share = joint["sigma"].get("shares", {}).get(endpoint)
+        if share and not share["sign"]:
+            needed = share["value"] * arm["compute"]
+            axes.plot([arm["compute"], needed], [error["mean"]] * 2, ":", color=look(i)["color"])
+    ticks = [x for x, _ in points]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.legend()
+    return figure
+
+
+def draw_errors(axes: Axes, x: list[float], errors: list[dict], label: str, number: int, line: str) -> None:
+    """Means with their intervals where there are any."""
+    means = [error["mean"] for error in errors]
+    bars = [[error["mean"] - (error["low"] or error["mean"]) for error in errors],
+            [(error["high"] or error["mean"]) - error["mean"] for error in errors]]  # fmt: skip
+    axes.errorbar(x, means, bars, fmt=f"o{line}", markersize=4, label=label, color=look(number)["color"], capsize=2)
+
+
+def seed_scores(found: dict, endpoint: str) -> Figure:
+    """A row for each joint arm and each control."""
+    rows = [(name, joint["directions"].get(endpoint)) for name, joint in found["joint"].items()]
+    rows += [(row["arm"], row["score"]) for row in found["controls"] if row["endpoint"] == endpoint]
+    rows = [(name, row) for name, row in rows if row]
+    size = 4.2, 0.9 + 0.32 * len(rows)
+    figure, axes = new_axes(f"{endpoint}: s per seed", "log(error alone / error together)", size=size)
+    axes.axvline(0, color=SOFT, linewidth=0.8)
+    for y, (_, row) in enumerate(rows):
+        scores = list(row["per_seed"].values())
+        axes.plot(scores, [y + 0.18] * len(scores), "o", markersize=3, alpha=0.6, color=look(0)["color"])
+        axes.errorbar([row["mean"]], [y - 0.08], xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
+                      fmt="D", markersize=4, capsize=3, color=look(1)["color"])  # fmt: skip
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    return figure
+
+
+def front(found: dict) -> Figure:
+    first, second = found["front"][0]["errors"]
+    figure, axes = new_axes(f"{second}: error", f"{first}: error")
+    points = sorted(found["front"], key=lambda point: (point["value"] is not None, point["value"]))
+    x, y = ([point["errors"][endpoint]["mean"] for point in points] for endpoint in (first, second))
+    axes.plot(x, y, "-", color=look(0)["color"], linewidth=0.8)
+    for point, a, b in zip(points, x, y):
+        axes.plot([a], [b], "o", color=look(0)["color"], fillstyle="full" if point["best"] else "none")
+        label = "declared" if point["value"] is None else f"{point['value']:g}"
+        axes.annotate(label, (a, b), xytext=(4, 4), textcoords="offset points")
+    singles = found["declaration"]["endpoints"]
+    for endpoint, line in ((first, axes.axvline), (second, axes.axhline)):
+        alone = found["arms"][singles[endpoint]["single"]]["endpoints"][endpoint]["error"]["mean"]
+        if alone is not None:
+            line(alone, color=look(1)["color"], linestyle="dashed")
+    return figure

@@ -1,0 +1,237 @@
+"""`umm synergy report`: what is computed, drawn and said of an experiment, as JSON, Markdown, plots and one page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from umm.pages import Measured, Page, number
+from umm.plots import styled
+from umm.runs import write_atomic
+from umm.synergy_analysis import analyse
+from umm.synergy_plots import plots
+from umm.synergy_verdict import falsification, interval, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawn = dict[str, tuple["Figure", str, str]]  # file name -> figure, caption, what is to be seen
+
+
+@dataclass
+class Section:
+    """A heading, what is said, a table with its caption, and the names of plots."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    caption: str = ""
+    drawn: list[str] = field(default_factory=list)
+
+
+def report(folder: str | Path) -> str:
+    """Write report/ in the folder of an experiment; returns the verdict and where the files are.
+
+    Raises:
+        UmmError: this is no experiment, or its files were changed.
+    """
+    folder = Path(folder)
+    found = analyse(folder)
+    found |= {"verdict": verdict(found), "falsification": falsification(found)}
+    drawn = plots(found)
+    out = folder / "report"
+    out.mkdir(exist_ok=True)
+    write_atomic(out / "report.json", json.dumps(found, indent=1))
+    for name, (figure, _, _) in drawn.items():
+        with styled():
+            figure.savefig(out / f"{name}.png", dpi=150)
+    parts = sections(found, drawn)
+    title = found["about"] or folder.name
+    write_atomic(out / "report.md", markdown(title, parts, drawn))
+    page(title, parts, drawn).save(out / "report.html")
+    said = [f"{found['verdict']['title']}.", *found["verdict"]["sentences"]]
+    return "\n".join([*said, f"wrote report.html, report.md, report.json and {len(drawn)} plots in {out}"])
+
+
+def sections(found: dict, drawn: Drawn) -> list[Section]:
+    """The report from top to bottom; sections with nothing in them are left out."""
+    said = found["verdict"]
+    seeds, curves = ([name for name in drawn if name.startswith(kind)] for kind in ("seeds-", "curve-"))
+    fronts = ["front"] if "front" in drawn else []
+    made = [
+        Section(said["title"], said["sentences"]),
+        Section("Both directions", [S_MEANS], direction_rows(found), "Joint arms against the specialists.", seeds),
+        Section("Worth in compute", [SIGMA_MEANS], sigma_rows(found), "Sigma, and each task's part of it.", curves),
+        Section("Is it the partner?", [], control_rows(found), "Control arms, and what the headline arm adds to them."),
+        Section("The instrument", [], stop_rows(found), "Arms whose partner cannot act, against the specialists."),
+        Section("All loss weights", [], front_rows(found), "Best: no other weight is better in both errors.", fronts),
+        Section("What would refute it", [], found["falsification"], "Each way to be wrong, and how the claim fared."),
+        Section("Exploratory", [], exploratory_rows(found), "Not the question asked; q is Benjamini and Hochberg's."),
+        Section("Arms", [], arm_rows(found), "Means over seeds with intervals, and what a run cost."),
+        Section("Per seed", [], seed_rows(found), "The number of every arm with every seed."),
+        Section("Declared before the first run", declared(found)),
+    ]
+    return [section for section in made if section.text or section.rows]
+
+
+S_MEANS = (
+    "s = log(error alone / error together), paired by seed: positive is better together. Gain: the part of the error "
+    "that is gone. Detectable: the s that would have been seen four times in five."
+)
+SIGMA_MEANS = (
+    "The joint arm's errors are read back on the specialists' learning curves: 1 is worth two specialists sharing its "
+    "compute, 2 is each task as good as with all of it, more is 1 + 1 > 2. `>` and `<`: beyond the curve's end."
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+def direction_rows(found: dict) -> list[dict]:
+    rows = []
+    for name, joint in found["joint"].items():
+        for endpoint, row in joint["directions"].items():
+            if row:
+                rows.append({"arm": name, "endpoint": endpoint, "against": row["single"], **test_columns(row)})
+                rows[-1] |= {"detectable": row["detectable"], "margin": row["margin"]}
+                rows[-1] |= {"p of harm": row["p_harm"], "p of difference": row["p_different"]}
+    return rows
+
+
+def test_columns(row: dict, **more: float) -> dict:
+    measured = Measured(row["mean"], row["low"], row["high"])
+    return {"s": measured, "gain, %": row["percent"], "p": row["p"], **more, "d": row["d"], "seeds": row["n"]}
+
+
+def sigma_rows(found: dict) -> list[dict]:
+    rows = []
+    for name, joint in found["joint"].items():
+        score = joint["sigma"]
+        if "reason" not in score:
+            row = {"arm": name, "compute": score["compute"], "Sigma": bounded(score)}
+            row |= {f"{endpoint} alone": bounded(share) for endpoint, share in score["shares"].items()}
+            rows.append(row | {"mutual": score["mutual"], "seeds": score["n"]})
+    return rows
+
+
+def bounded(reading: dict) -> str:
+    low, high = reading["interval"] or (None, None)
+    return f"{reading['sign']}{reading['value']:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None else "")
+
+
+def control_rows(found: dict) -> list[dict]:
+    return [
+        {"arm": row["arm"], "role": row["role"], "endpoint": row["endpoint"], "s": interval(row["score"], 3),
+         "joint s less it": interval(row["adjusted"], 3), "p": row["adjusted"]["p"], "seeds": row["adjusted"]["n"]}
+        for row in found["controls"]
+        if row["adjusted"]
+    ]  # fmt: skip
+
+
+def stop_rows(found: dict) -> list[dict]:
+    return [
+        {"arm": row["arm"], "against": row["single"], "endpoint": row["endpoint"], "largest difference": row["gap"],
+         "leak": row["leak"], "seeds": row["n"]}
+        for row in found["stop"]
+    ]  # fmt: skip
+
+
+def front_rows(found: dict) -> list[dict]:
+    return [
+        {"arm": point["arm"], "weight": point["value"]}
+        | {f"error of {name}": measured(mean) for name, mean in point["errors"].items()}
+        | {"best": point["best"]}
+        for point in found["front"]
+    ]
+
+
+def exploratory_rows(found: dict) -> list[dict]:
+    return [
+        {"arm": row["arm"], "against": row["reference"], "endpoint": row["endpoint"]} | test_columns(row, q=row["q"])
+        for row in found["exploratory"]
+    ]
+
+
+def arm_rows(found: dict) -> list[dict]:
+    rows = []
+    for name, arm in found["arms"].items():
+        row = {"arm": name, "role": arm["role"], "compute": arm["compute"]}
+        row |= {endpoint: measured(arm["endpoints"].get(endpoint)) for endpoint in found["declaration"]["endpoints"]}
+        row["seeds"] = max((one["n"] for one in arm["endpoints"].values()), default=0)
+        rows.append(row | {key: arm["costs"].get(key) for key in ("seconds", "images", "flops")})
+    return rows
+
+
+def measured(mean: dict | None) -> Measured | None:
+    return None if mean is None or mean["mean"] is None else Measured(mean["mean"], mean["low"], mean["high"])
+
+
+def seed_rows(found: dict) -> list[dict]:
+    return [
+        {"arm and endpoint": f"{name}: {endpoint}"} | {str(seed): value for seed, value in one["per_seed"].items()}
+        for name, arm in found["arms"].items()
+        for endpoint, one in arm["endpoints"].items()
+    ]
+
+
+def declared(found: dict) -> list[str]:
+    said = found["declaration"]
+    lines = [f"Hash of arms, endpoints, margins and seeds: `{found['sha256']}`."]
+    seeds = ", ".join(map(str, said["seeds"]))
+    lines.append(f"Seeds {seeds}; decided by the {said['test']} test, two-sided, at {said['alpha']:g}.")
+    for name, endpoint in said["endpoints"].items():
+        row = ", ".join(f"{key} {value}" for key, value in endpoint["row"].items())
+        kind = "primary" if endpoint["primary"] else "exploratory"
+        unit = " %" if endpoint["margin_in"] == "percent" else ""
+        lines.append(f"{name} ({kind}): {row}; error = {endpoint['error']}; margin {endpoint['margin']:g}{unit}.")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def page(title: str, parts: list[Section], drawn: Drawn) -> Page:
+    """The whole report in one HTML file."""
+    made = Page(title, "A synergy experiment: do two tasks help each other?")
+    for part in parts:
+        made.heading(part.title)
+        for sentence in part.text:
+            made.text(sentence)
+        if part.rows:
+            made.table(part.rows, part.caption)
+        for name in part.drawn:
+            made.figure(*drawn[name])
+    return made
+
+
+def markdown(title: str, parts: list[Section], drawn: Drawn) -> str:
+    lines = [f"# {title}"]
+    for part in parts:
+        lines += ["", f"## {part.title}", ""]
+        lines += [f"- {sentence}" for sentence in part.text] if len(part.text) > 1 else part.text
+        if part.rows:
+            lines += ["", part.caption, "", *table(part.rows)]
+        for name in part.drawn:
+            lines += ["", f"![{drawn[name][2]}]({name}.png)", "", drawn[name][1]]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: list[dict]) -> list[str]:
+    """A table of Markdown."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(cell(row.get(key)) for key in columns) + " |" for row in rows]
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return number(value)
+    if isinstance(value, Measured):
+        return number(value.value) + (f" [{number(value.low)}, {number(value.high)}]" if value.low is not None else "")
+    return str(value).replace("|", "\\|")
