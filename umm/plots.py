@@ -72,14 +72,17 @@ def new_axes(title: str, xlabel: str, ylabel: str = "", size: tuple[float, float
         return figure, figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
 
 
-def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def log_scale(axes: Axes, which: str = "y") -> None:
+    """Logarithmic axes, "x", "y" or "xy", with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for name in which:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
 
 
 def to_svg(figure: Figure, prefix: str) -> str:

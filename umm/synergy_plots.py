@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from umm.plots import SOFT, look, new_axes, styled
+from umm.plots import SOFT, log_scale, look, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def curve_points(found: dict, endpoint: str) -> list[tuple[float, dict]]:
 def learning_curve(found: dict, endpoint: str) -> Figure:
     figure, axes = new_axes(f"{endpoint}: error", "compute, in that of the specialist")
     points = curve_points(found, endpoint)
-    axes.set(xscale="log", yscale="log")
+    log_scale(axes, "xy")
     draw_errors(axes, [x for x, _ in points], [error for _, error in points], "alone", 0, "-")
     for i, (name, joint) in enumerate(found["joint"].items(), 1):
         arm = found["arms"][name]
