@@ -96,7 +96,10 @@ class Gen(Task):
             own = self.space.spec.channels * settings.patch**2
             settings.repa_dim = feature_width(self.teacher) if self.needs_features else own
         with seeded_init(self.seed, self.name, "dit"):
-            return DiT.from_config(settings, self.space.spec, len(self.classes), self.classes)
+            dit = DiT.from_config(settings, self.space.spec, len(self.classes), self.classes)
+        if dit.repa is not None and self.settings.repa.weight == 0:
+            dit.repa.requires_grad_(False)  # not even its zeros take part in the gradient's norm
+        return dit
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -115,7 +118,8 @@ class Gen(Task):
             total = total + settings.base_weight * terms["base"]
         if out.aligned is not None:
             terms["repa"] = misalignment(out.aligned, self.alignment_target(batch))
-            total = total + settings.repa.weight * terms["repa"]
+            if settings.repa.weight > 0:
+                total = total + settings.repa.weight * terms["repa"]
         return {"loss": total, **terms, **by_time(error.detach(), t)}
 
     def clean(self, batch: dict[str, Tensor], rng: PictureRNG) -> Tensor:

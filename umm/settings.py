@@ -216,7 +216,7 @@ class AlignTokSettings(TrainedSettings):
     channels: int = 32  # of the latent, but for identity
     hidden: int = 1024  # of the mlp
     anchor: float = 1.0  # weight of the mean squared distance to the latents of the first stage
-    tune_lr: float = 0.1  # times recon.optim.lr while the encoder learns
+    late_lr: float = 0.1  # times recon.optim.lr in tune and refine
     lengths: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])  # align, tune, refine; relative
     decoder: ConvDecoderSettings = field(default_factory=ConvDecoderSettings)
 
@@ -450,7 +450,7 @@ class DiTSettings:
 class RepaSettings:
     """Trunk tokens after `dit.repa_depth` blocks aligned by cosine with clean ones (REPA, arXiv 2410.06940, eq. 7)."""
 
-    weight: float = 0.0  # REPA: 0.5; 0 with a projector: the misalignment is logged and trains nothing
+    weight: float = 0.0  # REPA: 0.5; 0 with gen.dit.repa_depth: the misalignment is logged and trains nothing
     target: Literal["features", "latent"] = "features"  # an encoder's patch features (needs pictures), or raw latents
     encoder: PretrainedSettings | None = None  # whose features, e.g. DINOv2's for a VAE; None: the latent space's own
 
