@@ -56,11 +56,11 @@ class AlignTok(TrainedSpace):
         lengths = self.settings.lengths
         if len(lengths) != 3 or min(lengths) < 0 or sum(lengths) <= 0:
             raise ConfigError(f"latent.lengths={list(lengths)} must be three lengths, of align, tune and refine.")
-        held, everything = {"anchor": self.settings.anchor}, ("encoder", "adapter", "decoder")
+        late, held = self.settings.late_lr, {"anchor": self.settings.anchor}
         return (
             Stage("align", lengths[0], ("adapter", "decoder")),
-            Stage("tune", lengths[1], everything, lr=self.settings.tune_lr, weights=held),
-            Stage("refine", lengths[2], ("decoder",)),
+            Stage("tune", lengths[1], ("encoder", "adapter", "decoder"), lr=late, weights=held),
+            Stage("refine", lengths[2], ("decoder",), lr=late),
         )
 
     def raw(self, images: Tensor) -> Tensor:
