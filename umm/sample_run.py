@@ -212,7 +212,7 @@ def write(shards: Shards, model: UnifiedModel, request: Request, suffix: str) ->
     lines = [f"drew {request.num} pictures into {shards.folder}"]
     grid = named(Path(request.out), suffix)
     shown, labels = next(shards.read(min(request.num, SHARD)))
-    rows, names = grid_rows(shown, labels, model.head("dit").classes)
+    rows, names = grid_rows(shown / 255, labels, model.head("dit").classes)
     lines.append(f"wrote {save_grid(grid, rows, rows=names)}")
     if request.npz is not None:
         lines.append(f"wrote {write_npz(named(Path(request.npz), suffix), shards, request.num)}")
