@@ -86,16 +86,26 @@ def train(task: str, config_file: str | None, dry_run: bool, overrides: tuple[st
 @cli.command("eval")
 @click.argument("run")
 @click.option("--split", type=click.Choice(["val", "test"]), help="Split to judge on [default: eval.split].")
+@click.option("--joint", is_flag=True, help="Judge every head the model has, and compare with --baseline.")
+@click.option("--baseline", "baselines", multiple=True, metavar="RUN", help="A single-task run to compare with.")
 @overrides_argument
-def evaluate(run: str, split: str | None, overrides: tuple[str, ...]) -> None:
+def evaluate(run: str, split: str | None, joint: bool, baselines: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Judge a run: one table, values per picture, confidence intervals.
 
     \b
     umm eval runs/recon --split test eval.features='[effnet,dinov2]'
+    umm eval --joint runs/joint --baseline runs/gen --baseline runs/und
     """
+    extra = [f"eval.split={split}"] if split else []
+    if joint:
+        from umm.joint_eval import evaluate_joint
+
+        click.echo(evaluate_joint(run, baselines, [*extra, *overrides]))
+        return
+    if baselines:
+        raise click.UsageError("--baseline compares heads of a joint model: give --joint too.")
     from umm.evaluate import evaluate_run
 
-    extra = [f"eval.split={split}"] if split else []
     click.echo(evaluate_run(run, [*extra, *overrides]))
 
 

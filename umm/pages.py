@@ -292,7 +292,7 @@ table{border-collapse:collapse;font-size:.875rem;line-height:1.4;font-variant-nu
 caption{text-align:left;color:var(--soft);padding:0 0 .5rem}
 caption span{display:inline-block;position:sticky;left:0;max-width:min(44rem,calc(100vw - 1.8rem))}
 th,td{padding:.35rem 1rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-td{min-width:3.5rem;max-width:24rem}
+td{min-width:4.5rem;max-width:24rem}
 thead th{font-weight:600;vertical-align:bottom;border-bottom-color:var(--soft)}
 tbody th{font-weight:400;position:sticky;left:0;background:var(--paper);min-width:7rem;max-width:16rem}
 .number{text-align:right;white-space:nowrap}

@@ -95,7 +95,8 @@ def to_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", text).replace("xlink:href=", "href=")
     text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the family is the page's
+    text = re.sub(r"font: (?:\w+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the family is the page's
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     return re.sub(r"\n\s*", "\n", text)

@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 
 from umm import config as configuration
 from umm.errors import UmmError
+from umm.metrics._conflict import MARK
 from umm.pages import Measured, Page
 from umm.progress import clock
 from umm.run_curves import add_curves
 from umm.run_facts import Seen, flat, is_finite, look_at
 from umm.runs import MAY_CHANGE, now
 
-MARK = "†"  # as in the tables of umm eval
 PARTS = {
     "recon": "Reconstruction",
     "gen": "Generation",
@@ -57,9 +57,8 @@ def report(seen: Sequence[Seen]) -> Page:
     page.heading("What these are")
     add_overview(page, seen)
     add_settings(page, seen)
-    remarks = [remark for one in seen for remark in one.remarks]
     add_curves(page, [(arm.label, [run.log for run in arm.runs]) for arm in arms])
-    remarks += add_pictures(page, arms)
+    add_pictures(page, arms)
     if any(run.evaluations for run in runs):
         page.heading("Evaluation")
         add_evaluations(page, arms)
@@ -70,7 +69,7 @@ def report(seen: Sequence[Seen]) -> Page:
         page.heading("Probes")
         for one in probes:
             add_probe(page, one)
-    if remarks:
+    if remarks := [remark for one in seen for remark in one.remarks]:
         page.heading("Notes")
         for remark in dict.fromkeys(remarks):
             page.note(remark)
@@ -196,9 +195,9 @@ def from_defaults(one: Seen) -> list[dict[str, object]]:
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def add_pictures(page: Page, arms: Sequence[Arm]) -> list[str]:
-    """The newest grid, or text, of every run; returns remarks on what cannot be shown."""
-    remarks, begun = [], False
+def add_pictures(page: Page, arms: Sequence[Arm]) -> None:
+    """The newest grid, or text, of every run; what cannot be shown is remarked."""
+    begun = False
     for run in (run for arm in arms for run in arm.runs):
         if not (files := run.grids()):
             continue
@@ -213,8 +212,7 @@ def add_pictures(page: Page, arms: Sequence[Arm]) -> list[str]:
             else:
                 page.figure(file, f"{words}.", f"picture grid drawn by {words}")
         except (UmmError, OSError) as error:
-            remarks.append(f"{run.name}: {error}")
-    return remarks
+            run.remarks.append(f"{run.name}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
