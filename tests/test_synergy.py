@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from umm.synergy_run import (
 )
 from umm.synergy_verdict import falsification, verdict
 from umm.train import Trainer
+from umm.workers import in_workers
 
 UND, GEN = {"joint.parts": ["und"]}, {"joint.parts": ["gen"]}
 
@@ -217,6 +220,13 @@ def test_crashes_are_reported_the_others_go_on_and_the_same_command_mends_it(tmp
     assert "G seed 1 failed" in capfd.readouterr().err
 
 
+def test_workers_are_ended_when_nobody_asks_any_more(tmp_path):
+    events = in_workers(time.sleep, [(600, tmp_path / "log")], workers=1)
+    assert next(events)[:2] == ("started", 600) and len(multiprocessing.active_children()) == 1
+    events.close()
+    assert multiprocessing.active_children() == []
+
+
 def test_seed_i_is_the_seed_of_every_arm_and_seeds_come_one_after_another(tmp_path, declared):
     jobs = final_jobs(declared, tmp_path, {}, limit_seeds=2)
     assert {(job.seed, job.settings["seed"], job.folder.name) for job in jobs} == {(0, 0, "seed0"), (1, 1, "seed1")}
@@ -270,6 +280,7 @@ def test_synergy_that_is_there_is_found_in_both_directions(tmp_path, declared):
     found = analyse(done(tmp_path, declared, partial(world, gain=0.3)))
     said, headline = verdict(found), found["joint"]["J"]
     assert said["key"] == "both" and headline["decisions"]["p_both"] == 2 / 2**8
+    assert said["title"] == "Both directions are shown"
     for row in headline["directions"].values():
         assert row["low"] < 0.3 < row["high"] and row["better"]
     worth = headline["sigma"]  # each error is that of exp(0.3 / 0.3) = e times the images, with twice the compute
@@ -299,7 +310,9 @@ def test_one_direction_is_called_one(tmp_path, declared):
 
 def test_a_gain_that_a_placebo_has_too_is_not_the_partners(tmp_path, declared):
     found = analyse(done(tmp_path, declared, partial(world, gain=0.3, placebo=0.3)))
-    assert "does not set it apart from what any second loss does" in " ".join(verdict(found)["sentences"])
+    said = verdict(found)
+    assert "does not set it apart from what any second loss does" in " ".join(said["sentences"])
+    assert said["title"] == "Both directions are shown, with reservations"
     states = {row["what would refute it"]: row["state"] for row in falsification(found)}
     assert states["a placebo arm reaches the joint arm's gain"] == "not withstood"
 
@@ -342,7 +355,8 @@ def test_joint_errors_beyond_the_specialists_are_not_extrapolated(tmp_path, decl
 
 def test_the_front_says_which_weights_nothing_beats(tmp_path, declared):
     points = analyse(done(tmp_path, declared, partial(world, gain=0.3)))["front"]
-    assert [point["arm"] for point in points] == ["J", "J@0.3", "J@3"] and any(point["best"] for point in points)
+    assert [(point["arm"], point["value"]) for point in points] == [("J", 1.0), ("J@0.3", 0.3), ("J@3", 3.0)]
+    assert all(point["best"] and point["errors"]["und"]["n"] == 3 for point in points)  # equal, on common seeds
 
 
 def test_results_of_another_declaration_are_refused(tmp_path, declared):
@@ -364,7 +378,7 @@ def test_the_report_is_whole(tmp_path, declared):
     joint = found["arms"]["J"]
     assert joint["costs"]["flops"] == 2_000_000 and len(joint["endpoints"]["und"]["per_seed"]) == 8
     text = (folder / "report" / "report.md").read_text()
-    for title in ("Both directions", "Worth in compute", "What would refute it", "All loss weights", "Per seed"):
+    for title in ("The two directions", "Worth in compute", "What would refute it", "All loss weights", "Per seed"):
         assert f"## {title}" in text
     names = {"curve-und.png", "curve-gen.png", "seeds-und.png", "seeds-gen.png", "front.png"}
     assert names <= {file.name for file in (folder / "report").iterdir()} and all(f"({name})" in text for name in names)

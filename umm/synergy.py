@@ -181,7 +181,10 @@ def read_declaration(file: str | Path) -> Declaration:
     check(declared, file)
     declared = folded(declared, Path(file))
     for name in declared.arms:
-        configuration(declared.task, declared.settings(name, Path("x"), 0, declared.split), f"arm '{name}' of {file}")
+        settings = declared.settings(name, Path("x"), 0, declared.split)
+        config = configuration(declared.task, settings, f"arm '{name}' of {file}")
+        if declared.front and name == declared.headline:  # its own place on the front, said or by default
+            declared.arms[name].overrides.setdefault(declared.front.key, OmegaConf.select(config, declared.front.key))
     return declared
 
 

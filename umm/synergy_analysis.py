@@ -273,16 +273,15 @@ def controls(numbers: Numbers) -> list[dict]:
 
 
 def front(numbers: Numbers) -> list[dict]:
-    """The headline arm at all loss weights: mean errors, and whether no other point is better in both."""
+    """The headline arm at all loss weights: mean errors on common seeds, and whether no other is better in both."""
     declared = numbers.declared
     if not declared.front:
         return []
-    key, points = declared.front.key, []
-    for name in (declared.headline, *declared.with_role("front")):
-        errors = [numbers.errors(name, e, numbers.seeds(e, name)) for e in declared.primary]
-        if all(len(error) for error in errors):
-            means = {e: mean_of(error, declared.alpha) for e, error in zip(declared.primary, errors)}
-            points.append({"arm": name, "value": declared.arms[name].overrides.get(key), "errors": means})
+    names, points = [declared.headline, *declared.with_role("front")], []
+    seeds = {endpoint: numbers.seeds(endpoint, *names) for endpoint in declared.primary}
+    for name in names if all(seeds.values()) else ():
+        errors = {e: mean_of(numbers.errors(name, e, seeds[e]), declared.alpha) for e in declared.primary}
+        points.append({"arm": name, "value": declared.arms[name].overrides[declared.front.key], "errors": errors})
     first, second = declared.primary
     places = [(point["errors"][first]["mean"], point["errors"][second]["mean"]) for point in points]
     for point, (x, y) in zip(points, places):

@@ -23,8 +23,8 @@ def plots(found: dict) -> dict[str, tuple[Figure, str, str]]:
             words = f"s of {endpoint} against its specialist: a point a seed, mean and interval. Right of 0 is better."
             drawn[f"seeds-{endpoint}"] = seed_scores(found, endpoint), words, f"scores of {endpoint} per seed"
         if len(found["front"]) > 1:
-            words = f"The headline arm by {found['declaration']['front']['key']}; dashed: the specialists. "
-            words += "Left of and below both lines is better than both specialists."
+            words = f"The headline arm by {found['declaration']['front']['key']}; filled: no other is better in both. "
+            words += "Dashed: the specialists; left of and below both lines is better than either."
             drawn["front"] = front(found), words, "front of the two errors over the loss weight"
     return drawn
 
@@ -89,13 +89,12 @@ def seed_scores(found: dict, endpoint: str) -> Figure:
 def front(found: dict) -> Figure:
     first, second = found["front"][0]["errors"]
     figure, axes = new_axes(f"{second}: error", f"{first}: error")
-    points = sorted(found["front"], key=lambda point: (point["value"] is not None, point["value"]))
+    points = sorted(found["front"], key=lambda point: point["value"])
     x, y = ([point["errors"][endpoint]["mean"] for point in points] for endpoint in (first, second))
     axes.plot(x, y, "-", color=look(0)["color"], linewidth=0.8)
     for point, a, b in zip(points, x, y):
         axes.plot([a], [b], "o", color=look(0)["color"], fillstyle="full" if point["best"] else "none")
-        label = "declared" if point["value"] is None else f"{point['value']:g}"
-        axes.annotate(label, (a, b), xytext=(4, 4), textcoords="offset points")
+        axes.annotate(f"{point['value']:g}", (a, b), xytext=(4, 4), textcoords="offset points")
     singles = found["declaration"]["endpoints"]
     for endpoint, line in ((first, axes.axvline), (second, axes.axhline)):
         alone = found["arms"][singles[endpoint]["single"]]["endpoints"][endpoint]["error"]["mean"]

@@ -62,7 +62,7 @@ def sections(found: dict, drawn: Drawn) -> list[Section]:
     fronts = ["front"] if "front" in drawn else []
     made = [
         Section(said["title"], said["sentences"]),
-        Section("Both directions", [S_MEANS], direction_rows(found), "Joint arms against the specialists.", seeds),
+        Section("The two directions", [S_MEANS], direction_rows(found), "Joint arms against the specialists.", seeds),
         Section("Worth in compute", [SIGMA_MEANS], sigma_rows(found), "Sigma, and each task's part of it.", curves),
         Section("Is it the partner?", [], control_rows(found), "Control arms, and what the headline arm adds to them."),
         Section("The instrument", [], stop_rows(found), "Arms whose partner cannot act, against the specialists."),
@@ -78,7 +78,8 @@ def sections(found: dict, drawn: Drawn) -> list[Section]:
 
 S_MEANS = (
     "s = log(error alone / error together), paired by seed: positive is better together. Gain: the part of the error "
-    "that is gone. Detectable: the s that would have been seen four times in five."
+    "that is gone. Detectable: the s that would have been seen four times in five. A small p of no harm, or of "
+    "equality, shows it within the margin."
 )
 SIGMA_MEANS = (
     "The joint arm's errors are read back on the specialists' learning curves: 1 is worth two specialists sharing its "
@@ -96,7 +97,7 @@ def direction_rows(found: dict) -> list[dict]:
             if row:
                 rows.append({"arm": name, "endpoint": endpoint, "against": row["single"], **test_columns(row)})
                 rows[-1] |= {"detectable": row["detectable"], "margin": row["margin"]}
-                rows[-1] |= {"p of harm": row["p_harm"], "p of difference": row["p_different"]}
+                rows[-1] |= {"p of no harm": row["p_harm"], "p of equality": row["p_different"]}
     return rows
 
 
@@ -111,7 +112,7 @@ def sigma_rows(found: dict) -> list[dict]:
         score = joint["sigma"]
         if "reason" not in score:
             row = {"arm": name, "compute": score["compute"], "Sigma": bounded(score)}
-            row |= {f"{endpoint} alone": bounded(share) for endpoint, share in score["shares"].items()}
+            row |= {f"part of {endpoint}": bounded(share) for endpoint, share in score["shares"].items()}
             rows.append(row | {"mutual": score["mutual"], "seeds": score["n"]})
     return rows
 
@@ -124,7 +125,7 @@ def bounded(reading: dict) -> str:
 def control_rows(found: dict) -> list[dict]:
     return [
         {"arm": row["arm"], "role": row["role"], "endpoint": row["endpoint"], "s": interval(row["score"], 3),
-         "joint s less it": interval(row["adjusted"], 3), "p": row["adjusted"]["p"], "seeds": row["adjusted"]["n"]}
+         "headline's s less it": interval(row["adjusted"], 3), "p": row["adjusted"]["p"], "seeds": row["adjusted"]["n"]}
         for row in found["controls"]
         if row["adjusted"]
     ]  # fmt: skip
@@ -209,8 +210,8 @@ def page(title: str, parts: list[Section], drawn: Drawn) -> Page:
 def markdown(title: str, parts: list[Section], drawn: Drawn) -> str:
     lines = [f"# {title}"]
     for part in parts:
-        lines += ["", f"## {part.title}", ""]
-        lines += [f"- {sentence}" for sentence in part.text] if len(part.text) > 1 else part.text
+        lines += ["", f"## {part.title}"]
+        lines += ["", *(part.text if len(part.text) < 2 else [f"- {one}" for one in part.text])] if part.text else []
         if part.rows:
             lines += ["", part.caption, "", *table(part.rows)]
         for name in part.drawn:

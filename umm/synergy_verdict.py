@@ -29,7 +29,20 @@ def verdict(found: dict) -> dict:
         if joint["decisions"]["shown"]:
             sentences += control_sentences(found, joint["decisions"]["shown"])
     sentences += sigma_sentences(headline, joint["sigma"])
-    return {"key": key, "title": KEYS[key], "sentences": sentences + caveats(found)}
+    doubtful = key in ("both", "one") and not withstood(found, joint["decisions"]["shown"])
+    title = KEYS[key] + (", with reservations" if doubtful else "")
+    return {"key": key, "title": title, "sentences": sentences + caveats(found)}
+
+
+def withstood(found: dict, shown: list[str]) -> bool:
+    """Was the instrument tested, and do the shown gains survive a placebo, all other controls, and equal compute?"""
+    for endpoint in shown:
+        rows = [row for row in found["controls"] if row["endpoint"] == endpoint and row["adjusted"]]
+        equal = equal_compute(found, endpoint)
+        survived = [row["adjusted"]["better"] for row in rows] + [row["better"] for _, row in equal]
+        if not equal or not any(row["role"] == "placebo" for row in rows) or not all(survived):
+            return False
+    return bool(found["stop"]) and not found["judges"]
 
 
 def verdict_key(found: dict, decisions: dict | None) -> str:
@@ -93,7 +106,7 @@ def control_sentences(found: dict, shown: list[str]) -> list[str]:
         if not any(row["role"] == "placebo" for row in rows):
             sentences.append(f"{endpoint}: no placebo arm was run, so the gain may be that of any second loss.")
         for row in rows:
-            ahead = f"the gain is {interval(row['adjusted'], 2)} above that of {row['arm']}"
+            ahead = f"the gain is {interval(row['adjusted'], 3)} above that of {row['arm']}"
             if row["adjusted"]["better"]:
                 sentences.append(f"{endpoint}: {ahead} (p = {row['adjusted']['p']:.3g}): more than {WHY[row['role']]}.")
             else:
@@ -184,7 +197,7 @@ def falsification(found: dict) -> list[dict]:
     ):
         arms = [row for row in found["controls"] if row["role"] == role and row["adjusted"]]
         failed = [row for row in arms if not row["adjusted"]["better"]]
-        texts = [f"{row['endpoint']}: {row['arm']} leaves {interval(row['adjusted'], 2)}" for row in arms]
+        texts = [f"{row['endpoint']}: {row['arm']} leaves {interval(row['adjusted'], 3)}" for row in arms]
         rows.append(refutation(claim, arms, failed, texts))
     same = [(e, name, row) for e in joint["directions"] for name, row in equal_compute(found, e)]
     texts = [f"{endpoint}: {name} has s = {interval(row, 2)}" for endpoint, name, row in same]
