@@ -96,6 +96,17 @@ def test_the_results_table_says_what_the_json_says():
         assert [f"{value:.2f}" for value in values] == shown
 
 
+def test_the_planted_table_says_what_the_json_says():
+    shown = re.findall(r"^\| `planted_(\w+).yaml`: .*? \| (.*) \|$", README, flags=re.MULTILINE)
+    assert len(shown) == 3
+    for name, cells in shown:
+        file = ROOT / "experiments" / "results" / f"planted-{name}.json"
+        joint = json.loads(file.read_text())["joint"]["J-exposure"]
+        found = [(s["mean"], s["low"], s["high"]) for s in joint["directions"].values()]
+        found.append((joint["sigma"]["value"], *joint["sigma"]["interval"]))
+        assert cells == " | ".join(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in found)
+
+
 def test_the_folders_of_the_tree_exist():
     tree = README[README.index("## The tree") :]
     for folder in re.findall(r"^(\w+)/ ", tree, flags=re.MULTILINE):
