@@ -36,9 +36,14 @@ class RidgeProbe:
     def standardised(self, x: Tensor) -> Tensor:
         return (x.double() - self.mean) / self.std
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Features (n, d) -> (n, K), about 1 for the class a picture is of and 0 for others."""
+        weights, bias = self.weights
+        return self.standardised(x) @ weights + bias
+
     def __call__(self, x: Tensor) -> Tensor:
         """Features (n, d) -> classes (n,)."""
-        return predict(self.standardised(x), *self.weights)
+        return self.scores(x).argmax(1)
 
 
 def ridge(x: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
