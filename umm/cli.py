@@ -215,6 +215,50 @@ def diagnose(config_file: str | None, overrides: tuple[str, ...], **rest) -> Non
     click.echo(run_diagnose(Request(config=config_file, overrides=overrides, **rest)))
 
 
+@cli.command("best-of")
+@click.argument("run")
+@click.option("--judge", metavar="RUN", help="An und run on the same latent space [default: RUN's own und head].")
+@click.option("--pool", default=32, type=click.IntRange(2), show_default=True, help="Candidates of a request, at most.")
+@click.option("--per-class", default=16, type=click.IntRange(2), show_default=True, help="Requests of every class.")
+@click.option("--external", default="convnet", show_default=True, help="Judge of pictures: convnet or a feature space.")
+@click.option("--metric", default="effnet", show_default=True, help="What scores the choices: likewise, but unrelated.")
+@click.option("--margin", default=0.02, show_default=True, help="Differences of agreement below this do not matter.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", metavar="FOLDER", help="Where to [default: RUN/best-of].")
+@overrides_argument
+def best_of(run: str, overrides: tuple[str, ...], **rest) -> None:
+    """Choose among samples with the understanding head, without decoding them, and against other judges.
+
+    \b
+    umm best-of runs/tiny-gen --judge runs/tiny-und --pool 16 eval.images=300
+    """
+    from umm.best_of import Request
+    from umm.best_of_report import best_of as run_best_of
+
+    click.echo(run_best_of(run, Request(overrides=overrides, **rest)))
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--shots", default=5, show_default=True, help="Real labelled pictures of each class.")
+@click.option("--added", default=50, show_default=True, help="More of each class: duplicated, generated, or real.")
+@click.option("--seeds", default=8, type=click.IntRange(2, 20), show_default=True, help="Paired repetitions.")
+@click.option("--steps", default=500, show_default=True, help="Of every probe.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", metavar="FOLDER", help="Where to [default: RUN/augment].")
+@overrides_argument
+def augment(run: str, overrides: tuple[str, ...], **rest) -> None:
+    """Train probes on few real latents and generated ones, against duplicated and against more real ones.
+
+    \b
+    umm augment runs/tiny-gen --shots 5 --added 50 eval.cached=true
+    """
+    from umm.augment import Request
+    from umm.augment import augment as run_augment
+
+    click.echo(run_augment(run, Request(overrides=overrides, **rest)))
+
+
 @cli.group()
 def synergy() -> None:
     """Do two tasks help each other? An experiment declared in a file, run as a whole, and what it shows."""
