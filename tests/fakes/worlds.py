@@ -14,7 +14,7 @@ def world(config, gain=0.0, placebo=0.0, leak=0.0, crash="", die="", marks=""):
     """Rows of an evaluation: error = (images)^-0.3, times exp(-gain) where the partner moves the shared part.
 
     Args:
-        gain: of both tasks or {task: gain}, from a true partner; `placebo`: from a sham one; `leak`: from a stopped one.
+        gain: of both tasks or {task: gain}, by a true partner; `placebo`: from a sham one; `leak`: from a stopped one.
         crash, die: runs whose folder contains this raise, or end their process.
         marks: folder that gets a file for every call.
     """
