@@ -150,7 +150,7 @@ def test_a_part_that_cannot_be_judged_is_a_note(runs, monkeypatch):
 
     monkeypatch.setattr(Und, "evaluate", staticmethod(refuse))
     text = evaluate_joint(runs["joint"], [runs["recon"]])
-    assert "note: joint: und was not judged: these pictures have no labels." in text and "psnr" in text
+    assert "note: joint, und was not judged: these pictures have no labels." in text and "psnr" in text
     with pytest.raises(DataError, match="have no labels"):
         evaluate_joint(runs["und"])
 

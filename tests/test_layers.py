@@ -22,6 +22,7 @@ ORDER = [
     ["umm.diagnostics", "umm.neighbourhoods", "umm.responses", "umm.diagnose_plot"],
     ["umm.data", "umm.flow", "umm.pictures"],
     ["umm.latents.base", "umm.metrics"],
+    ["umm.run_tables"],
     ["umm.report"],
     ["umm.latents"],
     ["umm.discriminator", "umm.shards"],

@@ -101,6 +101,13 @@ def test_seeds_of_one_configuration_become_mean_and_spread(tmp_path):
     assert "arm-s (3 seeds), 2" in page.text, "each seed by itself too"
 
 
+def test_arms_with_names_alike_stay_apart(tmp_path):
+    folders = [make(tmp_path / f"s{i}", settings=(f"seed={i}", f"recon.noise={i // 2}"), numbers=[number("psnr", i)])
+               for i in range(4)]  # fmt: skip
+    page = page_of(*folders)
+    assert "s0, s1" in page.text and "s2, s3" in page.text and {0.5, 2.5} <= set(page.numbers)
+
+
 def test_the_same_seed_twice_is_no_repetition(tmp_path):
     page = page_of(make(tmp_path / "a1"), make(tmp_path / "a2"))
     assert "seeds)" not in page.text

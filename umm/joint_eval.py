@@ -38,7 +38,7 @@ class Judged:
 
     name: str
     parts: dict[str, Records]
-    notes: list[str]
+    notes: list[str]  # each begins with the part
 
 
 def evaluate_joint(folder: str, baselines: Sequence[str] = (), overrides: Sequence[str] = ()) -> str:
@@ -62,7 +62,7 @@ def evaluate_joint(folder: str, baselines: Sequence[str] = (), overrides: Sequen
     compute = [{"run": one.name, "task": one.task, "images": one.images, "seconds": one.seconds,
                 "flops": one.facts.get("flops")} for one in seen]  # fmt: skip
     found = {"split": whole.eval.split, "evaluated": now(), "rows": rows, "compute": compute}
-    found["notes"] = list(dict.fromkeys([*judged.notes, *(note for other in others for note in other.notes), *notes]))
+    found["notes"] = [*remarks(judged, others), *notes]
     said = write(run, merged(judged.parts), whole)
     file = run.folder / "eval" / f"{whole.eval.split}-joint.json"
     with writing(file.parent, file.name):
@@ -129,10 +129,10 @@ def judge(name: str, model: UnifiedModel, configs: Mapping[str, DictConfig], acc
             records = find("tasks", config.task).evaluate(model, config, accelerator)
         except UmmError as problem:
             error = problem
-            judged.notes.append(f"{name}: {part} was not judged: {problem}")
+            judged.notes.append(f"{part} was not judged: {problem}")
             continue
         judged.parts[part] = records
-        judged.notes += [f"{name}, {part}: {note}" for note in records.notes]
+        judged.notes += [f"{part}: {note}" for note in records.notes]
     if error is not None and not judged.parts:
         raise error
     return judged
@@ -152,7 +152,7 @@ def judge_baseline(
     if len(parts) == 1 and parts[0] in joint.parts:
         records = stored(run, own[parts[0]], joint.parts[parts[0]])
         if records is not None:
-            return Judged(name, {parts[0]: records}, [f"{name}: {note}" for note in records.notes])
+            return Judged(name, {parts[0]: records}, [f"{parts[0]}: {note}" for note in records.notes])
     judged = judge(name, other, own, accelerator)
     if accelerator.is_main_process:
         alone = len(parts) == 1
@@ -215,6 +215,12 @@ def merged(parts: Mapping[str, Records]) -> Records:
 # --------------------------------------------------------------------------------------------------------- comparing
 
 
+def remarks(joint: Judged, others: Sequence[Judged]) -> list[str]:
+    """What must be known of each run; what is true of all is said of the joint model only."""
+    said = [f"{joint.name}, {note}" for note in joint.notes]
+    return said + [f"{other.name}, {note}" for other in others for note in other.notes if note not in joint.notes]
+
+
 def compared(joint: Judged, others: Sequence[Judged], seed: int, resamples: int) -> tuple[list[dict], list[str]]:
     """Rows of the joint model's numbers, once for every baseline that has them too; remarks on what is no pair."""
     rows, notes = [], []
@@ -258,6 +264,7 @@ def paired(one: Records, other: Records, row: Mapping, draw: np.random.Generator
         return None
     first, second = one.items[name], other.items[name]
     differences = paired_differences(first, second)
+    differences[np.abs(differences) < 1e-12] = 0.0  # rounding
     if row["part"] in ANSWERING:
         items = sorted(first)
         scores = [[side[item] for item in items] for side in (first, second)]

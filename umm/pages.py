@@ -298,7 +298,7 @@ tbody th{font-weight:400;position:sticky;left:0;background:var(--paper);min-widt
 .number{text-align:right;white-space:nowrap}
 .interval{color:var(--soft);font-size:.9em;white-space:nowrap;min-width:0;padding-top:.42rem}
 .number:has(+.interval){padding-right:.5rem}
-.figures{display:flex;flex-wrap:wrap;gap:1.5rem 2rem;margin:1rem 0 1.5rem}
+.figures{display:flex;flex-wrap:wrap;gap:1.5rem;margin:1rem 0 1.5rem}
 figure{margin:0;min-width:0}
 .plot{flex:0 1 22rem}
 .picture{flex:0 1 auto;max-width:100%}

@@ -5,6 +5,8 @@ A run folder is described in `umm/runs.py`; the folder of a probe (`umm/samples.
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 
 from umm.config import flatten
 from umm.errors import UmmError
-from umm.runs import Run
+from umm.runs import MAY_CHANGE, Run
 
 ANSWERING = ("vqa", "llm")  # kinds of und that answer questions
 
@@ -71,9 +73,26 @@ class Seen:
         return sorted(path for path in files if path.stem.isdigit())
 
 
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one configuration that differ in their seed; mostly a single one."""
+
+    label: str
+    runs: list[Seen]
+
+
 def flat(config: dict) -> dict[str, object]:
     """{dotted name: value} of every leaf."""
     return dict(flatten(config))
+
+
+def plain(value: object) -> str:
+    """A setting as it is written on a command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(plain, value))}]" if isinstance(value, list) else str(value)
 
 
 def training_seconds(log: Sequence[dict]) -> float | None:
@@ -192,3 +211,28 @@ def read_lines(file: Path, seen: Seen) -> list[dict]:
     if bad := len(lines) - len(found):
         seen.remarks.append(f"{seen.name}: {bad} of {len(lines)} lines of {file.name} are damaged and left out.")
     return found
+
+
+def arms_of(runs: Sequence[Seen]) -> list[Arm]:
+    """Runs together whose settings are equal but for the seed and what does not touch the numbers."""
+    ignored, found = ("seed", "cache.dir", *MAY_CHANGE), {}
+    for run in runs:
+        kept = {k: v for k, v in flat(run.config).items() if not any(fnmatch.fnmatch(k, p) for p in ignored)}
+        key = json.dumps(kept, sort_keys=True, default=str) if kept else run.name
+        if any(run.config.get("seed") == other.config.get("seed") for other in found.get(key, [])):
+            key = run.name  # the same seed again is another question
+        found.setdefault(key, []).append(run)
+    labels = [label_of(members) for members in found.values()]
+    whole = [", ".join(run.name for run in members) for members in found.values()]
+    return [
+        Arm(label if labels.count(label) == 1 else names, members)
+        for label, names, members in zip(labels, whole, found.values())
+    ]
+
+
+def label_of(runs: Sequence[Seen]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs)))
+    common = "".join(letters[0] for letters in same).rstrip("-_./ ") or runs[0].name
+    return f"{common} ({len(runs)} seeds)"
