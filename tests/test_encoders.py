@@ -52,11 +52,14 @@ def pixels(space: FrozenEncoder, x: torch.Tensor) -> torch.Tensor:
     return (x - mean) / std
 
 
+def blocks_of(space: FrozenEncoder) -> torch.nn.ModuleList:
+    return space.encoder.blocks if isinstance(space, TimmViT) else space._stack
+
+
 def seen_by_the_library(name: str, space: FrozenEncoder, x: torch.Tensor):
     """Outputs of all blocks and of the whole in the library's own forward pass."""
-    blocks = space.encoder.blocks if name == "timm" else space._stack
     hidden: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda m, i, output: hidden.append(output)) for block in blocks]
+    handles = [block.register_forward_hook(lambda m, i, output: hidden.append(output)) for block in blocks_of(space)]
     arguments = {"interpolate_pos_encoding": True} if name in ("siglip2", "clip", "mae") else {}
     if name == "mae":
         arguments["noise"] = torch.arange(space.spec.tokens).float().expand(len(x), -1)
@@ -123,8 +126,7 @@ def test_the_order_in_which_layers_are_named_only_chooses_the_mean_token():
 def test_blocks_above_the_highest_layer_do_not_run(name):
     space = SPACES[name].tiny(layers=(0,))
     before = space.raw(images())
-    blocks = space.encoder.blocks if name == "timm" else space._stack
-    blocks[1].forward = lambda *a, **k: pytest.fail("an unused block ran")
+    blocks_of(space)[1].forward = lambda *a, **k: pytest.fail("an unused block ran")
     assert torch.equal(space.raw(images()), before)
 
 
@@ -201,7 +203,7 @@ def test_clips_final_norm_is_applied_to_patches_too():
 
 def test_siglip_without_its_pooling_head_has_no_vector():
     space = SigLIP2.tiny()
-    space.network.config.vision_use_head = False
+    del space.network.head
     assert space.features(images()).cls is None
 
 
@@ -301,7 +303,7 @@ def test_the_identity_changes_with_whatever_changes_the_latents_and_with_nothing
     assert torch.equal(space.raw(images()), latents)
     assert not torch.equal(space.final_norm(torch.ones(1, 17, 32)), norm)
     assert SPACES[name](space.encoder, 64).identity()["weights"] == base["weights"]
-    next(p for n, p in space.network.named_parameters() if "mlp" in n).data.add_(1e-3)
+    next(blocks_of(space)[0].parameters()).data.add_(1e-3)
     assert SPACES[name](space.encoder, 64).identity()["weights"] != base["weights"]
 
 

@@ -43,4 +43,5 @@ class SigLIP2(TransformersEncoder):
         return self.network.post_layernorm(hidden)
 
     def pooled(self, normed: Tensor) -> Tensor | None:
-        return self.network.head(normed) if self.network.config.vision_use_head else None
+        head = getattr(self.network, "head", None)
+        return None if head is None else head(normed)
