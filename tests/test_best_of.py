@@ -27,6 +27,8 @@ from umm.flow import evaluations
 from umm.model import UnifiedModel
 from umm.picture_judges import in_groups
 from umm.rng import generator
+from umm.seed_stats import no_harm
+from umm.stats import bootstrap
 from umm.train import train
 
 # ------------------------------------------------------------------------------------------------------------ choosing
@@ -103,14 +105,23 @@ def test_the_spread_is_within_classes_only():
 def test_the_verdict_wants_all_three(latent, again, flops, holds):
     draw = np.random.default_rng(0)
     noise = draw.normal(0, 0.01, (3, 200))
-    outcomes = (latent + noise[0], 0.5 + noise[1], again + noise[2])
-    assert verdict(*outcomes, flops, 0.02, np.random.default_rng(1), 200).holds is holds
+    gain = bootstrap(latent + noise[0] - 0.5 - noise[1], draw)
+    assert verdict(gain, latent + noise[0] - again - noise[2], flops, 0.02, draw).holds is holds
 
 
 def test_few_requests_show_no_equality():
-    coins = np.random.default_rng(3).integers(2, size=(3, 8)).astype(float)
-    found = verdict(*coins, (1, 2), 0.02, np.random.default_rng(1), 200)
-    assert found.not_worse > 0.05 and found.equivalent > 0.05 and not found.holds
+    draw = np.random.default_rng(3)
+    coins = draw.integers(2, size=(2, 8)).astype(float)
+    found = verdict(bootstrap(np.ones(8), draw), coins[0] - coins[1], (1, 2), 0.02, draw)
+    assert found.not_worse > 0.05 and found.equivalent > 0.05 and not found.holds and found.needed > 1000
+
+
+def test_as_many_requests_as_are_said_to_be_needed_show_it():
+    draw, margin = np.random.default_rng(0), 0.05
+    differences = draw.normal(0, 0.4, size=(300, 400))
+    needed = verdict(bootstrap(np.ones(8), draw), differences[0], (1, 2), margin, draw).needed
+    shown = np.mean([no_harm(row[:needed], margin) < 0.05 for row in differences])
+    assert needed < 500 and 0.65 < shown < 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

@@ -205,6 +205,7 @@ def differences(scores: dict[str, list[float]]) -> dict[str, dict]:
         facts = numbers(t_interval(gained))
         found[arm] = facts | {"p": exact_sign_flip_p(gained), "smallest_p": smallest_p(len(gained))}
     if found["more real"]["low"] > 0:  # else the share has no meaning
+
         def share(some: np.ndarray) -> float:
             return float((some[:, 1] - some[:, 0]).mean() / (some[:, 2] - some[:, 0]).mean())
 
@@ -236,4 +237,5 @@ def table(result: dict) -> str:
     lines.append(f"  the generator learned from {known} labelled pictures, the probe from {few} real ones: "
                  + ("it may hand labels on that the probe has never seen." if known > few
                     else "it knows no label more."))  # fmt: skip
+    lines.append(f"  each arm chooses its learning rate on up to {HELD} more real ones.")
     return "\n".join(lines)

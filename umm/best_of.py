@@ -5,8 +5,9 @@ For every request (a class) a pool of candidates is drawn, and each judge takes 
     random      any of them
     latent      the run's own reader of latents: the class's logit; nothing is decoded
     re-encoded  the same reader after decoding to whole pixel values and encoding again
-    external    a ridge probe of real pictures in a feature space unrelated to the encoder, see `umm/convnet.py`
-    oracle      what scores the choices: another such probe, in a space that neither encoder nor external judge uses
+    external    a ridge probe of real pictures in a feature space unrelated to the encoder
+    oracle      what scores the choices: another such probe, in a space that neither encoder nor external judge uses,
+                by default that of a small network learned here (`umm/convnet.py`)
 
 B candidates of a batch, R requests, P candidates of each, K classes, C channels, h w latent grid, d feature width.
 """
@@ -60,9 +61,9 @@ class Request:
     judge: str | None = None  # a run with an und head on the same latent space; None: the run's own
     pool: int = 32
     per_class: int = 16
-    external: str = "convnet"  # or a feature space of eval.features
-    metric: str = "effnet"
-    margin: float = 0.02  # of class agreement
+    external: str = "effnet"  # a feature space of eval.features, or convnet, which is learned here
+    metric: str = "convnet"
+    margin: float = 0.05  # of class agreement
     seed: int = 0
     out: str | None = None
     overrides: Sequence[str] = ()
@@ -123,7 +124,7 @@ class Contest:
     drawer: Drawer
     external: PictureJudge
     metric: PictureJudge
-    accuracy: dict[str, float]  # of the judges on real pictures
+    accuracy: dict[str, float]  # of the judges where the latents are those of real pictures
     real_labels: Tensor
     seed: int
     stages: Stages = field(init=False)
@@ -201,9 +202,8 @@ def open_contest(folder: str, request: Request) -> tuple[Contest, DictConfig]:
     )
     for classes in (drawer.dit.classes, reader.head("und").classes):
         check_classes(val, classes)
-    trained_with = model.facts.get("trained_with", {})
     names = {"--external": request.external, "--metric": request.metric}
-    external, metric, labels = learn_judges(names, trained_with, train, val, config, request.seed, accelerator.device)
+    external, metric, labels = learn_judges(names, model, train, val, config, request.seed)
     accuracy = real_accuracy(reader, model, val, config)
     accuracy |= {"external": external.accuracy, "oracle": metric.accuracy}
     return Contest(model, reader, drawer, external, metric, accuracy, labels, request.seed), config

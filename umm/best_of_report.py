@@ -49,25 +49,22 @@ def best_of(folder: str, request: Request) -> str:
 
 def measure(contest: Contest, pool: Pool, request: Request, neighbors: int, resamples: int) -> dict:
     """Everything, JSON-able: a row for each judge and pool size, of the largest also how the chosen are spread."""
-    costs, largest = contest.costs(), request.pool
-    rows = []
+    costs, largest, rows, gains = contest.costs(), request.pool, [], {}
     for size in pool_sizes(largest):
-        random = worth(pool.scores["random"], pool.right, size)
-        oracle = worth(pool.scores["oracle"], pool.right, size)
-        for judge in NEEDS:
-            chosen = worth(pool.scores[judge], pool.right, size)
+        outcomes = {judge: worth(pool.scores[judge], pool.right, size) for judge in NEEDS}
+        for judge, chosen in outcomes.items():
             draw = np.random.default_rng(derive_seed(request.seed, "best of", judge, size))
+            gains[judge] = bootstrap(chosen - outcomes["random"], draw, resamples)
             found = {"judge": judge, "size": size, "agreement": numbers(bootstrap(chosen, draw, resamples))}
-            found["gain"] = numbers(bootstrap(chosen - random, draw, resamples))
-            found["gap_closed"] = numbers(gap_closed(chosen, random, oracle))
-            rows.append(found | {"cost": cost(costs, judge, size)})
+            found |= {"gain": numbers(gains[judge]), "cost": cost(costs, judge, size)}
+            rows.append(found | {"gap_closed": numbers(gap_closed(chosen, outcomes["random"], outcomes["oracle"]))})
     chosen = {judge: pool.features[range(len(pool.labels)), picks(pool.scores[judge], pool.ties, largest)]
               for judge in NEEDS}  # fmt: skip
     sets = compare_sets(chosen, contest.metric.real, contest.real_labels, pool.labels, neighbors)
     draw = np.random.default_rng(derive_seed(request.seed, "best of", "verdict"))
-    outcomes = (worth(pool.scores[judge], pool.right, largest) for judge in ("latent", "random", "re-encoded"))
     flops = costs["latent"]["flops"], costs["re-encoded"]["flops"]
-    found = verdict(*outcomes, flops, request.margin, draw, resamples)
+    differences = outcomes["latent"] - outcomes["re-encoded"]
+    found = verdict(gains["latent"], differences, flops, request.margin, draw, resamples)
     result = {"format": FORMAT, "rows": rows, "sets": sets, "costs": costs, "accuracy": contest.accuracy}
     result |= {"requests": len(pool.labels), "pool": largest, "classes": contest.drawer.dit.classes}
     result["spaces"] = {"external": contest.external.space.fingerprint(), "metric": contest.metric.space.fingerprint()}
@@ -130,10 +127,11 @@ def in_words(found: Verdict, sets: dict[str, dict], result: dict) -> list[str]:
         f"{found.flops[1] / 1e6:.3g} MFLOP a candidate",
     ]
     change = sets["latent"]["spread_change"]
-    narrower, wider = change["high"] < 0, change["low"] > 0
-    how = "closer to each other than" if narrower else "further apart than" if wider else "not shown to differ from"
-    lines.append(f"  the chosen of a class are {how} random ones: {change['value']:+.1%} "
+    how = "smaller" if change["high"] < 0 else "larger" if change["low"] > 0 else "not shown to differ"
+    lines.append(f"  distances within a class, against random choice: {how}, {change['value']:+.1%} "
                  f"({change['low']:+.1%} .. {change['high']:+.1%})")  # fmt: skip
+    if found.not_worse >= 0.05 and found.needed > result["requests"]:
+        lines.append(f"  note: if the two were equal, about {found.needed} requests would show it.")
     random, oracle = (row_of(result, judge, result["pool"])["agreement"]["value"] for judge in ("random", "oracle"))
     if oracle - random < found.margin:
         lines.append(f"  note: the oracle itself gains {oracle - random:.4f} only; there is nothing to win here.")
@@ -146,7 +144,10 @@ def row_of(result: dict, judge: str, size: int) -> dict:
 
 
 def table(result: dict) -> str:
-    """The largest pool, a line a judge; then agreement for every size."""
+    """The largest pool, a line a judge; then agreement for every size.
+
+    "on real" is a judge's accuracy where the latents are those of real pictures.
+    """
     lines = [COLUMNS]
     for judge, facts in result["sets"].items():
         row = row_of(result, judge, result["pool"])

@@ -6,6 +6,7 @@ nested and every judge chooses from the same ones.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from umm.errors import UmmError
 from umm.paired import equivalence_p
 from umm.seed_stats import jackknife_t, no_harm
-from umm.stats import Interval, bootstrap
+from umm.stats import NORMAL, Interval, bootstrap
 
 
 def pool_sizes(largest: int) -> list[int]:
@@ -85,6 +86,7 @@ class Verdict:
     not_worse: float  # p that it is worse by the margin or more
     equivalent: float  # p that it differs by the margin or more, two one-sided tests
     flops: tuple[float, float]  # of judging one candidate: latent, re-encoded
+    needed: int  # requests that would show "not worse" with a chance of 0.8 if the two judges are equal
 
     @property
     def beats_random(self) -> bool:
@@ -101,13 +103,12 @@ class Verdict:
 
 
 def verdict(
-    latent: np.ndarray, random: np.ndarray, seen_again: np.ndarray, flops: tuple[float, float], margin: float,
-    generator: np.random.Generator, resamples: int,
+    gain: Interval, difference: np.ndarray, flops: tuple[float, float], margin: float, generator: np.random.Generator,
+    resamples: int = 1000,
 ) -> Verdict:  # fmt: skip
-    """From the (R,) outcomes of three judges on the same pools."""
-    difference = latent - seen_again
-    between = bootstrap(difference, generator, resamples)
-    error = float(difference.std(ddof=1)) / np.sqrt(len(difference))
-    equivalent = equivalence_p(between.value, error, len(difference), margin)
-    gain = bootstrap(latent - random, generator, resamples)
-    return Verdict(gain, between, margin, no_harm(difference, margin), equivalent, flops)
+    """From the gain over random choice and the (R,) differences of outcomes, latent - re-encoded, on the same pools."""
+    between, n = bootstrap(difference, generator, resamples), len(difference)
+    variance = float(difference.var(ddof=1))
+    equivalent = equivalence_p(between.value, math.sqrt(variance / n), n, margin)
+    needed = math.ceil(variance * ((NORMAL.inv_cdf(0.95) + NORMAL.inv_cdf(0.8)) / margin) ** 2)
+    return Verdict(gain, between, margin, no_harm(difference, margin), equivalent, flops, needed)

@@ -220,9 +220,9 @@ def diagnose(config_file: str | None, overrides: tuple[str, ...], **rest) -> Non
 @click.option("--judge", metavar="RUN", help="An und run on the same latent space [default: RUN's own und head].")
 @click.option("--pool", default=32, type=click.IntRange(2), show_default=True, help="Candidates of a request, at most.")
 @click.option("--per-class", default=16, type=click.IntRange(2), show_default=True, help="Requests of every class.")
-@click.option("--external", default="convnet", show_default=True, help="Judge of pictures: convnet or a feature space.")
-@click.option("--metric", default="effnet", show_default=True, help="What scores the choices: likewise, but unrelated.")
-@click.option("--margin", default=0.02, show_default=True, help="Differences of agreement below this do not matter.")
+@click.option("--external", default="effnet", show_default=True, help="Judge of pictures: a feature space or convnet.")
+@click.option("--metric", default="convnet", show_default=True, help="What scores the choices: another of these.")
+@click.option("--margin", default=0.05, show_default=True, help="Differences of agreement below this do not matter.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", metavar="FOLDER", help="Where to [default: RUN/best-of].")
 @overrides_argument

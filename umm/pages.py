@@ -104,7 +104,8 @@ class Page:
         body = "".join(table_row(row, list(heads), wide) for row in rows)
         self.blocks.append(
             f'<div class="table" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-            f"<caption><span>{escape(caption)}</span></caption><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+            f"<caption><span>{escape(caption)}</span></caption><thead><tr>{head}</tr></thead>\n"
+            f"<tbody>{body}</tbody></table></div>"
         )
 
     def legend(self, labels: Sequence[str]) -> None:
@@ -155,7 +156,7 @@ class Page:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+            f"<title>{escape(self.title)}</title>\n<style>{VARIABLES}{RULES}</style>\n</head>\n<body>\n<main>\n"
             f"<h1>{escape(self.title)}</h1>\n{lead}\n{contents}\n{in_rows(self.blocks)}\n</main>\n</body>\n</html>\n"
         )
 
@@ -264,11 +265,12 @@ DARK = (
     "--paper:#16181b;--ink:#e4e6e8;--soft:#a0a6ad;--rule:#353a40;--wash:#1e2125;--link:#7ab7f0;"
     "--c0:#4ba3dc;--c1:#f0803c;--c2:#2fbf95;--c3:#dd98bd;--c4:#e9b13a;--c5:#8accf3;"
 )
-CSS = f"""
+VARIABLES = f"""
 :root{{color-scheme:light dark;{LIGHT}}}
 @media (prefers-color-scheme:dark){{:root{{{DARK}}}}}
 @media print{{:root{{color-scheme:light;{LIGHT}}}}}
-""" + """
+"""
+RULES = """\
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,

@@ -1,5 +1,8 @@
 """Judges of pictures that have nothing to do with the encoder: ridge probes of real pictures in other feature spaces.
 
+Every other picture they learn from is seen after the run's encoder and decoder: a probe of untouched pictures only
+would judge the decoder's handwriting instead of what a sample shows.
+
 B batch, n pictures, d feature width, K classes.
 """
 
@@ -18,9 +21,11 @@ from umm.errors import ConfigError
 from umm.metrics._conflict import conflicts, lineage
 from umm.metrics._features import FeatureSpace, open_space
 from umm.metrics._probe import RidgeProbe
+from umm.model import UnifiedModel
 from umm.progress import Progress
 from umm.sampling import GROUP
 from umm.tasks.und import labelled
+from umm.transforms import to_uint8
 
 RELATIVES = "{} and {} are relatives: the judge would be scored by itself. Choose others, e.g. convnet and effnet."
 
@@ -32,7 +37,7 @@ def in_groups(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @dataclass
 class PictureJudge:
-    """A ridge probe of real training pictures in a feature space, and how often it is right on other real ones."""
+    """A ridge probe of real training pictures in a feature space, and how often it is right on others, decoded."""
 
     space: FeatureSpace
     probe: RidgeProbe
@@ -46,29 +51,41 @@ class PictureJudge:
 
 
 def learn_judges(
-    names: Mapping[str, str], trained_with: Mapping[str, str], train: DataSource, val: DataSource, config: DictConfig,
-    seed: int, device: torch.device,
-) -> tuple[PictureJudge, PictureJudge, Tensor]:  # fmt: skip
+    names: Mapping[str, str], model: UnifiedModel, train: DataSource, val: DataSource, config: DictConfig, seed: int
+) -> tuple[PictureJudge, PictureJudge, Tensor]:
     """Two judges fitted on training pictures, and the labels of the real pictures both were then tried on.
 
     Args:
         names: {option: convnet or a feature space}, of two.
-        trained_with: {family: what it did} in training the generator.
+        model: decodes; judges related to what it was trained with are refused.
     """
+    size, most, images, device = config.eval.batch_size, config.eval.train_images, config.eval.images, model.device
     if len(set(names.values())) < len(names):
         raise ConfigError(RELATIVES.format(*names))
     spaces = {name: open_space(name, device) for name in names.values() if name != ConvNetSpace.name}
-    check_independent(spaces, trained_with, names)
-    size, most = config.eval.batch_size, config.eval.train_images
+    check_independent(spaces, model.facts.get("trained_with", {}), names)
+    classes, total = len(train.classes), min(len(train), most)
     if ConvNetSpace.name in names.values():
-        spaces[ConvNetSpace.name] = ConvNetSpace.train(batches(train, most, size), len(train.classes), seed, device)
-    known, asked = features(train, most, size, spaces, device, "training pictures")
-    real, labels = features(val, config.eval.images, size, spaces, device, "real pictures")
+        lessons = decoded(batches(train, most, size), model, 2)
+        spaces[ConvNetSpace.name] = ConvNetSpace.train(lessons, classes, seed, device)
+    known, asked = features(decoded(batches(train, most, size), model, 2), spaces, total, device, "training pictures")
+    total = min(len(val), images or len(val))
+    real, labels = features(batches(val, images, size), spaces, total, device, "real pictures")
+    again, _ = features(decoded(batches(val, images, size), model, 1), spaces, total, device, "decoded pictures")
     judges = []
     for name in names.values():
-        probe = RidgeProbe(known[name], asked.to(known[name].device), len(train.classes))
-        judges.append(PictureJudge(spaces[name], probe, real[name], share(probe(real[name]).cpu(), labels)))
+        probe = RidgeProbe(known[name], asked.to(device), classes)
+        judges.append(PictureJudge(spaces[name], probe, real[name], share(probe(again[name]).cpu(), labels)))
     return *judges, labels
+
+
+def decoded(found: Iterator[dict], model: UnifiedModel, every: int) -> Iterator[dict]:
+    """The batches with the last of each `every` pictures replaced by its reconstruction."""
+    for batch in found:
+        images, there = batch["image"].clone(), slice(every - 1, None, every)
+        if len(images[there]):
+            images[there] = to_uint8(model.reconstruct(images[there].float() / 255)).cpu()
+        yield batch | {"image": images}
 
 
 def check_independent(
@@ -96,15 +113,14 @@ def batches(source: DataSource, limit: int | None, size: int) -> Iterator[dict]:
 
 
 def features(
-    source: DataSource, limit: int | None, size: int, spaces: Mapping[str, FeatureSpace], device: torch.device,
-    what: str,
-) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """Features {space: (n, d)} and labels (n,) of the first pictures."""
+    found: Iterator[dict], spaces: Mapping[str, FeatureSpace], total: int, device: torch.device, what: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Features {space: (n, d)} and labels (n,) of `total` pictures."""
     rows, labels = {name: [] for name in spaces}, []
-    with Progress(min(len(source), limit or len(source)), what=what) as progress:
-        for batch in batches(source, limit, size):
+    with Progress(total, what=what) as progress:
+        for batch in found:
             labels.append(batch["label"])
             for name, space in spaces.items():
                 rows[name].append(space.extract(batch["image"].to(device)))
             progress.advance(len(batch["label"]))
-    return {name: torch.cat(found) for name, found in rows.items()}, torch.cat(labels)
+    return {name: torch.cat(some) for name, some in rows.items()}, torch.cat(labels)
