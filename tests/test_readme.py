@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -83,28 +82,12 @@ def test_every_file_the_readme_names_exists():
     assert not missing
 
 
-def test_the_results_table_says_what_the_json_says():
-    number = r"([\d.]+)"
-    row = rf"^\| `configs/tiny/(\w+).yaml` \|.*?\| {number} \[{number}, {number}\] \| {number} \| {number} \|$"
-    rows = re.findall(row, README, flags=re.MULTILINE)
-    assert len(rows) == 2
-    for name, *shown in rows:
-        result = json.loads((ROOT / "experiments" / "results" / f"tiny-{name}.json").read_text())
-        found = {row["metric"]: row for row in result["numbers"]}
-        psnr, mean, untrained = (found[k] for k in ("psnr", "psnr of the mean picture", "psnr of an untrained decoder"))
-        values = [psnr["value"], psnr["low"], psnr["high"], mean["value"], untrained["value"]]
-        assert [f"{value:.2f}" for value in values] == shown
+def test_the_tables_are_made_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import tables
 
-
-def test_the_planted_table_says_what_the_json_says():
-    shown = re.findall(r"^\| `planted_(\w+).yaml`: .*? \| (.*) \|$", README, flags=re.MULTILINE)
-    assert len(shown) == 3
-    for name, cells in shown:
-        file = ROOT / "experiments" / "results" / f"planted-{name}.json"
-        joint = json.loads(file.read_text())["joint"]["J-exposure"]
-        found = [(s["mean"], s["low"], s["high"]) for s in joint["directions"].values()]
-        found.append((joint["sigma"]["value"], *joint["sigma"]["interval"]))
-        assert cells == " | ".join(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in found)
+    assert {name for _, name, *_ in tables.BLOCK.findall(README)} == set(tables.TABLES)
+    assert tables.rewritten(README) == README, "python experiments/tables.py writes them anew"
 
 
 def test_the_folders_of_the_tree_exist():
