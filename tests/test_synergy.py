@@ -21,21 +21,13 @@ from safetensors.torch import load_file
 from umm.board import Board
 from umm.cli import cli
 from umm.config import nest
+from umm.declared import configuration
 from umm.errors import ConfigError, UmmError
-from umm.synergy import configuration, read_declaration, seal, sealed
+from umm.many_runs import Meter, keep, perform, train_and_judge
+from umm.synergy import Declaration, read_declaration
 from umm.synergy_analysis import analyse
 from umm.synergy_report import report
-from umm.synergy_run import (
-    Meter,
-    choose,
-    final_jobs,
-    keep,
-    number,
-    perform,
-    run_synergy,
-    train_and_judge,
-    tuning_jobs,
-)
+from umm.synergy_run import choose, final_jobs, number, run_synergy, tuning_jobs
 from umm.synergy_verdict import falsification, verdict
 from umm.train import Trainer
 from umm.workers import in_workers
@@ -90,7 +82,7 @@ def declared(tmp_path_factory):
 
 def done(folder: Path, declared, judge=world) -> Path:
     """An experiment with all its results, as runs would leave them."""
-    seal(declared, folder)
+    declared.seal(folder)
     for job in final_jobs(declared, folder, {}, None):
         keep(job, *judge(quick(job)), {"commit": "c0ffee"})
     return folder
@@ -170,8 +162,8 @@ def test_a_name_that_is_no_folder_is_refused(tmp_path):
 
 
 def test_a_changed_declaration_is_refused_with_the_first_difference(tmp_path, declared):
-    seal(declared, tmp_path)
-    seal(replace(declared, about="Other words", folder="elsewhere"), tmp_path)
+    declared.seal(tmp_path)
+    replace(declared, about="Other words", folder="elsewhere").seal(tmp_path)
     joint = declared.arms["J"]
     arms = declared.arms | {"J": replace(joint, overrides=joint.overrides | {"train.images": 7})}
     for change, message in (
@@ -180,16 +172,16 @@ def test_a_changed_declaration_is_refused_with_the_first_difference(tmp_path, de
         ({"arms": arms}, "'arms.J.overrides.train.images' was 1000 and is 7"),
     ):
         with pytest.raises(ConfigError, match=message):
-            seal(replace(declared, **change), tmp_path)
+            replace(declared, **change).seal(tmp_path)
 
 
 def test_a_declaration_changed_by_hand_is_refused(tmp_path, declared):
-    seal(declared, tmp_path / "out")
+    declared.seal(tmp_path / "out")
     file = tmp_path / "out" / "declaration.json"
-    assert sealed(tmp_path / "out").sha256 == json.loads(file.read_text())["sha256"]
+    assert Declaration.sealed(tmp_path / "out").sha256 == json.loads(file.read_text())["sha256"]
     file.write_text(file.read_text().replace('"margin": 5', '"margin": 50'))
     with pytest.raises(ConfigError, match="changed after it was sealed"):
-        sealed(tmp_path / "out")
+        Declaration.sealed(tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -362,7 +354,7 @@ def test_the_front_says_which_weights_nothing_beats(tmp_path, declared):
 def test_results_of_another_declaration_are_refused(tmp_path, declared):
     folder = done(tmp_path, declared)
     file = folder / "J" / "seed0" / "result.json"
-    file.write_text(file.read_text().replace(sealed(folder).sha256, "0" * 64))
+    file.write_text(file.read_text().replace(Declaration.sealed(folder).sha256, "0" * 64))
     with pytest.raises(UmmError, match="belongs to another declaration"):
         analyse(folder)
 
@@ -436,7 +428,7 @@ def test_real_runs_are_trained_judged_and_counted_and_the_stop_arms_equal_the_sp
     """The whole instrument on the real task: paired seeds, bit-equal controls, work that adds up."""
     declared = read_declaration(tiny)
     folder = Path(declared.folder)
-    seal(declared, folder)
+    declared.seal(folder)
     for job in final_jobs(declared, folder, {}, None):
         perform(train_and_judge, job)
     found = analyse(folder)

@@ -7,17 +7,28 @@ S paired seeds, K arms of a learning curve. Percentile bootstraps are no good at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from umm.errors import UmmError
 from umm.paired import equivalence_p
-from umm.stats import Interval
+from umm.stats import Interval, t_interval
 
 QUANTILES = 4000
 MOST_SEEDS = 20  # 2^20 signings are a second; beyond that a t test does as well
+
+
+# ------------------------------------------------------------------------------------------------------- one mean
+
+
+def mean_of(values: Sequence[float], alpha: float = 0.05) -> dict:
+    """Mean and Student's interval; without an interval below two values."""
+    if len(values) < 2:
+        return {"mean": float(values[0]) if len(values) else None, "low": None, "high": None, "n": len(values)}
+    interval = t_interval(values, 1 - alpha)
+    return {"mean": interval.value, "low": interval.low, "high": interval.high, "n": len(values)}
 
 
 # --------------------------------------------------------------------------------------------- one mean difference

@@ -6,24 +6,19 @@ s = log(error alone / error together) per seed, Sigma = the specialists' compute
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf import OmegaConf
 
-from umm.config import combine, first_difference, flatten, merge, nest, read_yaml
-from umm.errors import ConfigError, nearest
-from umm.runs import reading, write_atomic
+from umm.config import flatten, read_yaml
+from umm.declared import SET_HERE, Declared, check_free, check_name, configuration, known, listed, typed
+from umm.errors import ConfigError
 
-SET_HERE = ("run", "seed", "eval.split")  # settings of a run that the experiment gives
 ROLES = ("single", "joint", "stop", "placebo", "distill", "more", "sequential", "floor", "front")
 CONTROLS = ("placebo", "distill", "more")  # arms whose gain is taken off the joint arm's
-NAME = re.compile(r"[A-Za-z0-9][\w.+@=-]*")
 TAKEN = ("tuning", "report")
 
 
@@ -92,9 +87,10 @@ class Comparison:
 
 
 @dataclass
-class Declaration:
-    """The whole experiment; `sha256` is taken of all but `about` and `folder`."""
+class Declaration(Declared):
+    """The whole experiment."""
 
+    kind, command = "synergy experiment", "umm synergy run"
     task: str = "joint"
     about: str = ""
     folder: str = ""
@@ -114,7 +110,6 @@ class Declaration:
 
     @classmethod
     def of(cls, stored: dict) -> Declaration:
-        """From plain dictionaries, as `asdict` gives them."""
         front, tuning = stored["front"], stored["tuning"]
         parts = {
             "endpoints": {name: Endpoint(**values) for name, values in stored["endpoints"].items()},
@@ -124,14 +119,6 @@ class Declaration:
             "comparisons": [Comparison(**values) for values in stored["comparisons"]],
         }
         return cls(**stored | parts)
-
-    @property
-    def sha256(self) -> str:
-        text = json.dumps(self.hashed(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def hashed(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key not in ("about", "folder")}
 
     @property
     def primary(self) -> list[str]:
@@ -154,12 +141,6 @@ class Declaration:
         return self.arms[arm].overrides | (chosen or {}) | mine
 
 
-def configuration(task: str, settings: dict[str, Any], source: str) -> DictConfig:
-    """The complete configuration of one run."""
-    layers = [OmegaConf.create(nest(key, value)) for key, value in settings.items()]
-    return combine(task, [(source, OmegaConf.merge(*layers))])
-
-
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
@@ -176,8 +157,7 @@ def read_declaration(file: str | Path) -> Declaration:
     for kind, cls in (("front", Front), ("tuning", Tuning)):
         stored[kind] = stored[kind] and typed(cls, stored[kind], f"{file}, {kind}")
     declared = Declaration.of(stored)
-    if isinstance(declared.seeds, int):
-        declared.seeds = list(range(declared.seeds))
+    declared.seeds = listed(declared.seeds, 2, file)
     check(declared, file)
     declared = folded(declared, Path(file))
     for name in declared.arms:
@@ -186,18 +166,6 @@ def read_declaration(file: str | Path) -> Declaration:
         if declared.front and name == declared.headline:  # its own place on the front, said or by default
             declared.arms[name].overrides.setdefault(declared.front.key, OmegaConf.select(config, declared.front.key))
     return declared
-
-
-def typed(cls: type, given: Any, source: str) -> dict:
-    """All fields of a dataclass as a dictionary, those that are given checked for name and type."""
-    if not isinstance(given, dict | DictConfig):
-        raise ConfigError(f"{source} must be a mapping of settings, got {given!r}.")
-    names, merged = [field.name for field in fields(cls)], OmegaConf.structured(cls)
-    for key, value in given.items():
-        if key not in names:
-            raise ConfigError(f"unknown setting '{key}' ({source}).{nearest(str(key), names)}")
-        merged = merge(merged, OmegaConf.create({key: value}), source)
-    return OmegaConf.to_container(merged, resolve=False, structured_config_mode=SCMode.DICT)
 
 
 def folded(declared: Declaration, file: Path) -> Declaration:
@@ -221,9 +189,6 @@ def folded(declared: Declaration, file: Path) -> Declaration:
 
 def check(declared: Declaration, file: str | Path) -> None:
     """Refuse what would be found out only after hours."""
-    seeds = declared.seeds
-    if not isinstance(seeds, list) or len(set(seeds)) < max(2, len(seeds)) or not all(type(s) is int for s in seeds):
-        raise ConfigError(f"{file}: seeds={seeds!r} must be a number from 2 on, or a list of different whole numbers.")
     if len(declared.primary) != 2:
         raise ConfigError(f"{file}: two endpoints are primary, one a direction, not {len(declared.primary)}.")
     if not 0 < declared.alpha < 1:
@@ -247,8 +212,7 @@ def check(declared: Declaration, file: str | Path) -> None:
 
 def check_arm(declared: Declaration, name: str, arm: Arm, file: str | Path) -> None:
     where = f"{file}: arm '{name}'"
-    if not NAME.fullmatch(name) or name in TAKEN:
-        raise ConfigError(f"{where} names a folder: letters, digits and . _ + @ = - only, not {' or '.join(TAKEN)}.")
+    check_name(name, where, TAKEN)
     known(arm.role, ROLES, where, "role")
     if arm.role == "front":
         raise ConfigError(f"{where}: arms of role front are made from the section 'front'.")
@@ -260,9 +224,8 @@ def check_arm(declared: Declaration, name: str, arm: Arm, file: str | Path) -> N
         raise ConfigError(f"{where}: seeds={arm.seeds} is not from 2 to the {len(declared.seeds)} of the experiment.")
     if arm.compute < 0 or (arm.role in ("single", "joint") and not arm.compute):
         raise ConfigError(f"{where}: compute={arm.compute} must be positive.")
-    for key in [*dict(flatten(declared.overrides)), *dict(flatten(arm.overrides))]:
-        if key in SET_HERE:
-            raise ConfigError(f"{where} sets '{key}', which the experiment gives to every run.")
+    for settings in (declared.overrides, arm.overrides):
+        check_free(settings, where)
     if arm.tuned_as:
         known(arm.tuned_as, declared.tuning.arms if declared.tuning else [], f"{where}: tuned_as", "tuned arm")
 
@@ -288,51 +251,5 @@ def check_tuning(declared: Declaration, tuning: Tuning, file: str | Path) -> Non
         raise ConfigError(f"{file}: tuning needs arms, a grid, and seeds that are none of the experiment's.")
 
 
-def known(name: str, names, where: str, what: str) -> None:
-    if name not in names:
-        hint = f"{nearest(name, names)} There are: {', '.join(names)}."
-        raise ConfigError(f"{where}: no {what} is called '{name}'.{hint}")
-
-
 def measured(declared: Declaration, arm: str) -> list[str]:
     return declared.arms[arm].measures or list(declared.endpoints)
-
-
-# ----------------------------------------------------------------------------------------------------------- sealing
-
-
-def seal(declared: Declaration, folder: Path) -> None:
-    """Write declaration.json and its hash, or see that the one there is the same.
-
-    Raises:
-        ConfigError: another experiment was declared there; names the first difference.
-    """
-    if (folder / "declaration.json").exists():
-        old = sealed(folder)
-        if old.sha256 != declared.sha256:
-            difference = first_difference(OmegaConf.create(old.hashed()), OmegaConf.create(declared.hashed()), ())
-            raise ConfigError(
-                f"{folder} was declared otherwise: {difference} now. Another declaration is another experiment: give "
-                "it a folder of its own."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    text = {"sha256": declared.sha256, "declaration": asdict(declared)}
-    write_atomic(folder / "declaration.json", json.dumps(text, indent=1))
-
-
-def sealed(folder: Path) -> Declaration:
-    """The declaration of a folder.
-
-    Raises:
-        ConfigError: there is none, or it was changed by hand.
-    """
-    file = folder / "declaration.json"
-    if not file.exists():
-        raise ConfigError(f"{folder} is no synergy experiment: it has no declaration.json. umm synergy run makes it.")
-    with reading(file, "give back the file"):
-        stored = json.loads(file.read_text())
-        declared = Declaration.of(stored["declaration"])
-    if declared.sha256 != stored["sha256"]:
-        raise ConfigError(f"{file} was changed after it was sealed: its hash is another one. Give back the file.")
-    return declared

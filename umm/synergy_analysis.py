@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from umm import seed_stats
-from umm.stats import standardised, t_interval
-from umm.synergy import CONTROLS, Declaration, sealed
-from umm.synergy_run import error_of, number, results
+from umm.many_runs import mean_costs, results
+from umm.seed_stats import mean_of
+from umm.stats import standardised
+from umm.synergy import CONTROLS, Declaration
+from umm.synergy_run import error_of, number
 
 
 class Numbers:
     """The results of a folder: the endpoints' numbers of every arm and seed."""
 
     def __init__(self, folder: Path):
-        self.declared = sealed(folder)
+        self.declared = Declaration.sealed(folder)
         self.found = {name: results(folder / name, self.declared.sha256) for name in self.declared.arms}
         self.rows: dict[tuple[str, str], dict[int, dict]] = {}  # (arm, endpoint) -> {seed: row}
         for name, arm in self.declared.arms.items():
@@ -106,8 +108,7 @@ def runs(numbers: Numbers) -> dict:
 def arm_numbers(numbers: Numbers, name: str) -> dict:
     """Per seed and as means with intervals, and what a run cost."""
     arm, found = numbers.declared.arms[name], numbers.found[name]
-    costs = [result["costs"] for result in found.values() if result["costs"]]
-    means = {key: float(np.mean([cost[key] for cost in costs])) for key in (costs[0] if costs else ())}
+    means = mean_costs([result["costs"] for result in found.values()])
     endpoints = {}
     for endpoint in arm.measures:
         values = {seed: row["value"] for seed, row in numbers.rows[name, endpoint].items()}
@@ -115,14 +116,6 @@ def arm_numbers(numbers: Numbers, name: str) -> dict:
         mean = mean_of(list(values.values()), numbers.declared.alpha)
         endpoints[endpoint] = {"per_seed": values, **mean, "error": errors}
     return {"role": arm.role, "compute": arm.compute, "about": arm.about, "costs": means, "endpoints": endpoints}
-
-
-def mean_of(values: Sequence[float], alpha: float) -> dict:
-    """Mean and Student's interval; without an interval below two values."""
-    if len(values) < 2:
-        return {"mean": float(values[0]) if len(values) else None, "low": None, "high": None, "n": len(values)}
-    interval = t_interval(values, 1 - alpha)
-    return {"mean": interval.value, "low": interval.low, "high": interval.high, "n": len(values)}
 
 
 def tested(scores: np.ndarray, seeds: Sequence[int], declared: Declaration) -> dict | None:

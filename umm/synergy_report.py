@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from umm.pages import Measured, Page, number
-from umm.plots import styled
-from umm.runs import write_atomic
+from umm.pages import Measured
+from umm.sections import Drawn, Section, measured, write
 from umm.synergy_analysis import analyse
 from umm.synergy_plots import plots
 from umm.synergy_verdict import falsification, interval, verdict
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Drawn = dict[str, tuple["Figure", str, str]]  # file name -> figure, caption, what is to be seen
-
-
-@dataclass
-class Section:
-    """A heading, what is said, a table with its caption, and the names of plots."""
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    rows: list[dict] = field(default_factory=list)
-    caption: str = ""
-    drawn: list[str] = field(default_factory=list)
 
 
 def report(folder: str | Path) -> str:
@@ -41,18 +21,9 @@ def report(folder: str | Path) -> str:
     found = analyse(folder)
     found |= {"verdict": verdict(found), "falsification": falsification(found)}
     drawn = plots(found)
-    out = folder / "report"
-    out.mkdir(exist_ok=True)
-    write_atomic(out / "report.json", json.dumps(found, indent=1))
-    for name, (figure, _, _) in drawn.items():
-        with styled():
-            figure.savefig(out / f"{name}.png", dpi=150)
-    parts = sections(found, drawn)
-    title = found["about"] or folder.name
-    write_atomic(out / "report.md", markdown(title, parts, drawn))
-    page(title, parts, drawn).save(out / "report.html")
-    said = [f"{found['verdict']['title']}.", *found["verdict"]["sentences"]]
-    return "\n".join([*said, f"wrote report.html, report.md, report.json and {len(drawn)} plots in {out}"])
+    lead = "A synergy experiment: do two tasks help each other?"
+    wrote = write(folder / "report", found["about"] or folder.name, lead, found, sections(found, drawn), drawn)
+    return "\n".join([f"{found['verdict']['title']}.", *found["verdict"]["sentences"], wrote])
 
 
 def sections(found: dict, drawn: Drawn) -> list[Section]:
@@ -165,10 +136,6 @@ def arm_rows(found: dict) -> list[dict]:
     return rows
 
 
-def measured(mean: dict | None) -> Measured | None:
-    return None if mean is None or mean["mean"] is None else Measured(mean["mean"], mean["low"], mean["high"])
-
-
 def seed_rows(found: dict) -> list[dict]:
     return [
         {"arm and endpoint": f"{name}: {endpoint}"} | {str(seed): value for seed, value in one["per_seed"].items()}
@@ -188,51 +155,3 @@ def declared(found: dict) -> list[str]:
         unit = " %" if endpoint["margin_in"] == "percent" else ""
         lines.append(f"{name} ({kind}): {row}; error = {endpoint['error']}; margin {endpoint['margin']:g}{unit}.")
     return lines
-
-
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
-def page(title: str, parts: list[Section], drawn: Drawn) -> Page:
-    """The whole report in one HTML file."""
-    made = Page(title, "A synergy experiment: do two tasks help each other?")
-    for part in parts:
-        made.heading(part.title)
-        for sentence in part.text:
-            made.text(sentence)
-        if part.rows:
-            made.table(part.rows, part.caption)
-        for name in part.drawn:
-            made.figure(*drawn[name])
-    return made
-
-
-def markdown(title: str, parts: list[Section], drawn: Drawn) -> str:
-    lines = [f"# {title}"]
-    for part in parts:
-        lines += ["", f"## {part.title}"]
-        lines += ["", *(part.text if len(part.text) < 2 else [f"- {one}" for one in part.text])] if part.text else []
-        if part.rows:
-            lines += ["", part.caption, "", *table(part.rows)]
-        for name in part.drawn:
-            lines += ["", f"![{drawn[name][2]}]({name}.png)", "", drawn[name][1]]
-    return "\n".join(lines) + "\n"
-
-
-def table(rows: list[dict]) -> list[str]:
-    """A table of Markdown."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(cell(row.get(key)) for key in columns) + " |" for row in rows]
-
-
-def cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return number(value)
-    if isinstance(value, Measured):
-        return number(value.value) + (f" [{number(value.low)}, {number(value.high)}]" if value.low is not None else "")
-    return str(value).replace("|", "\\|")

@@ -1,52 +1,23 @@
 """`umm synergy run`: every arm with every seed, in parallel, resumable; what it finds lies in files.
 
-    <folder>/declaration.json                          sealed before the first run
-    <folder>/<arm>/seed<i>/                            an ordinary run folder, and result.json once it is judged
-    <folder>/tuning/<arm>/trial<k>/seed<i>/, tuning.json   where settings are tuned, and what was chosen
+<folder>/declaration.json                          sealed before the first run
+<folder>/<arm>/seed<i>/                            an ordinary run folder, and result.json once it is judged
+<folder>/tuning/<arm>/trial<k>/seed<i>/, tuning.json   where settings are tuned, and what was chosen
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import shutil
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from umm.board import Board
-from umm.config import config_hash
 from umm.errors import UmmError
-from umm.runs import commit, lock, now, reading, write_atomic
-from umm.synergy import Declaration, Endpoint, configuration, read_declaration, seal
-from umm.workers import cores, in_workers
-
-Judge = Callable[[DictConfig], tuple[list[dict], dict[str, float]]]  # rows of an evaluation, and what the run cost
-RESULT = "result.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run; `group` and `seed` say where it stands in the table."""
-
-    group: str
-    seed: int
-    folder: Path
-    task: str
-    settings: dict[str, Any]
-    sha256: str  # of the declaration
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / RESULT).exists()
+from umm.many_runs import Job, Judge, perform, results, sigterm_raises, train_and_judge, work
+from umm.runs import lock, write_atomic
+from umm.synergy import Declaration, Endpoint, read_declaration
+from umm.workers import cores
 
 
 def run_synergy(
@@ -70,9 +41,9 @@ def run_synergy(
     """
     declared = read_declaration(file)
     folder = Path(out or declared.folder)
-    seal(declared, folder)
+    declared.seal(folder)
     lock(folder)
-    todo = partial(work, jobs=jobs or cores(), judge=judge or train_and_judge)
+    todo = partial(work, jobs=jobs or cores(), do=partial(perform, judge or train_and_judge))
     with sigterm_raises():
         chosen: dict[str, dict[str, Any]] = {}
         if declared.tuning:
@@ -96,117 +67,7 @@ def final_jobs(declared: Declaration, folder: Path, chosen: dict[str, dict], lim
     return jobs
 
 
-def work(jobs_to_do: list[Job], title: str, jobs: int, judge: Judge) -> None:
-    """Do the jobs that are not done.
-
-    Raises:
-        UmmError: some failed, and why.
-    """
-    lost, missing = [], [(job, job.folder / "output.log") for job in jobs_to_do if not job.done]
-    with Board(jobs_to_do, title, jobs) as board:
-        for kind, job, result in in_workers(partial(perform, judge), missing, jobs):
-            board.note(kind, job, result)
-            if kind == "failed":
-                lost.append(f"  {job.group} seed {job.seed}: {result} ({job.folder / 'output.log'})")
-    if lost:
-        raise UmmError("\n".join([f"{len(lost)} runs failed; the same command tries them again:", *lost]))
-
-
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: workers save, and the same command goes on."""
-
-    def leave(number, frame):
-        raise SystemExit(128 + number)
-
-    old = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it stood.", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-# --------------------------------------------------------------------------------------------------- one run (worker)
-
-
-def perform(judge: Judge, job: Job) -> None:
-    """Do a job in this process and write its result, the last of its files."""
-    again, started = (job.folder / "config.yaml").exists(), time.perf_counter()
-    config = configuration(job.task, job.settings, f"arm '{job.group}'")
-    rows, costs = judge(config)
-    costs = {"seconds": round(time.perf_counter() - started, 2), **costs}
-    facts = {"config_hash": config_hash(config), "commit": commit(), "finished": now()}
-    keep(job, rows, {} if again else costs, facts)  # costs of a whole run only
-    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # model/ stays
-
-
-def keep(job: Job, rows: list[dict], costs: dict[str, float], facts: dict) -> None:
-    """Write the result of a job."""
-    result = {"arm": job.group, "seed": job.seed, "rows": rows, "costs": costs, "declaration": job.sha256, **facts}
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(job.folder / RESULT, json.dumps(result, indent=1))
-
-
-def train_and_judge(config: DictConfig) -> tuple[list[dict], dict[str, float]]:
-    """Train the run, evaluate it, and count its work."""
-    from umm.evaluate import evaluate_run
-    from umm.train import Trainer
-
-    trainer = Trainer(config)
-    meter = Meter(trainer)
-    trainer.train()
-    evaluate_run(str(config.run))
-    found = json.loads((Path(config.run) / "eval" / f"{config.eval.split}.json").read_text())
-    return found["numbers"], {"images": trainer.images_at(trainer.steps), "flops": meter.total}
-
-
-class Meter:
-    """Counts the floating-point operations of a training run: of one step of each mixture of tasks, times its steps.
-
-    Matrix products and convolutions, forward and backward, the encoder's too where no cache holds its latents.
-    """
-
-    def __init__(self, trainer):
-        self.train_step, self.flops, self.steps = trainer.train_step, {}, {}
-        trainer.train_step = self.counted
-
-    def counted(self, micro_batches: dict[str, list[dict]]):
-        from torch.utils.flop_counter import FlopCounterMode
-
-        mixture = tuple(micro_batches)
-        self.steps[mixture] = self.steps.get(mixture, 0) + 1
-        if mixture in self.flops:
-            return self.train_step(micro_batches)
-        with FlopCounterMode(display=False) as counter:
-            logs = self.train_step(micro_batches)
-        self.flops[mixture] = counter.get_total_flops()
-        return logs
-
-    @property
-    def total(self) -> int:
-        return sum(self.flops[mixture] * steps for mixture, steps in self.steps.items())
-
-
 # ------------------------------------------------------------------------------------------------------------ numbers
-
-
-def results(folder: Path, sha256: str | None = None) -> dict[int, dict]:
-    """{seed: result} of an arm's folder, seeds sorted.
-
-    Raises:
-        UmmError: a result belongs to another declaration.
-    """
-    found = {}
-    for file in folder.glob(f"seed*/{RESULT}"):
-        with reading(file, "delete it, and its run is done again"):
-            result = json.loads(file.read_text())
-            found[result["seed"]] = result
-        if sha256 and result["declaration"] != sha256:
-            raise UmmError(f"{file} belongs to another declaration: delete its folder, and its run is done again.")
-    return dict(sorted(found.items()))
 
 
 def number(rows: list[dict], endpoint: Endpoint, name: str) -> dict:
