@@ -293,6 +293,40 @@ def synergy_report(folder: str) -> None:
     click.echo(report(folder))
 
 
+@cli.group()
+def compare() -> None:
+    """Latent spaces under one budget: a comparison declared in a file, run as a whole, and its table."""
+
+
+@compare.command("run")
+@click.argument("file")
+@click.option("--jobs", type=click.IntRange(1), help="Spaces at work at a time [default: one a core].")
+@click.option("--limit-seeds", type=click.IntRange(1), metavar="N", help="Only the first N seeds; the rest can follow.")
+@click.option("--out", metavar="FOLDER", help="Where to [default: folder of FILE].")
+def compare_run(file: str, jobs: int | None, limit_seeds: int | None, out: str | None) -> None:
+    """Decoder, generator and probe on every space with every seed; the same command goes on where it was interrupted.
+
+    \b
+    PYTHONPATH=. umm compare run experiments/compare/tiny.yaml --jobs 2
+    """
+    from umm.compare_run import run_compare
+
+    click.echo(run_compare(file, jobs, limit_seeds, out))
+
+
+@compare.command("report")
+@click.argument("folder")
+def compare_report(folder: str) -> None:
+    """One table of all spaces, with what it shows and what it does not: Markdown, JSON, plots, and one HTML page.
+
+    \b
+    umm compare report runs/compare-tiny
+    """
+    from umm.compare_report import report
+
+    click.echo(report(folder))
+
+
 @cli.command("list")
 def list_() -> None:
     """What there is to choose from.

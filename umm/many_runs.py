@@ -85,10 +85,10 @@ def sigterm_raises() -> Iterator[None]:
 
 def perform(judge: Judge, job: Job) -> None:
     """Do a job in this process and write its result, the last of its files."""
-    again, started = (job.folder / "config.yaml").exists(), time.perf_counter()
+    again, timer = (job.folder / "config.yaml").exists(), Timer()
     config = configuration(job.task, job.settings, f"'{job.group}'")
     rows, costs = judge(config)
-    costs = {"seconds": round(time.perf_counter() - started, 2), **costs}
+    costs = timer.costs() | costs
     facts = {"config_hash": config_hash(config), "commit": commit(), "finished": now()}
     keep(job, rows, {} if again else costs, facts)  # costs of a whole run only
     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # model/ stays
@@ -116,6 +116,17 @@ def train_and_judge(config: DictConfig) -> tuple[list[dict], dict[str, float]]:
         "flops": meter.total,
         "parameters": meter.parameters,
     }
+
+
+class Timer:
+    """Seconds on the clock and of this process on its processors; on a machine that others use too, these differ."""
+
+    def __init__(self):
+        self.wall, self.processor = time.perf_counter(), time.process_time()
+
+    def costs(self) -> dict[str, float]:
+        wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
+        return {"seconds": round(wall, 2), "cpu_seconds": round(processor, 2)}
 
 
 class Meter:
@@ -164,6 +175,20 @@ def results(folder: Path, sha256: str | None = None) -> dict[int, dict]:
         if sha256 and result["declaration"] != sha256:
             raise UmmError(f"{file} belongs to another declaration: delete its folder, and its run is done again.")
     return dict(sorted(found.items()))
+
+
+def row_of(rows: list[dict], fields: dict[str, Any], what: str) -> dict:
+    """The one row that has those fields.
+
+    Raises:
+        UmmError: no row or several have them.
+    """
+    fitting = [row for row in rows if all(row.get(key) == value for key, value in fields.items())]
+    if len(fitting) != 1:
+        names = {row["metric"] + (f" ({row['space']})" if row.get("space") else "") for row in rows}
+        there = ", ".join(sorted(names))
+        raise UmmError(f"{what}: {len(fitting)} rows have {fields}, not one. There are: {there}.")
+    return fitting[0]
 
 
 def mean_costs(costs: Sequence[dict[str, float]]) -> dict[str, float]:

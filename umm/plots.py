@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from umm.errors import UmmError
@@ -83,6 +84,13 @@ def log_scale(axes: Axes, which: str = "y") -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
         axis.set_minor_locator(NullLocator())
+
+
+def dots(axes: Axes, y: float, values: Sequence[float], mean: Mapping[str, float | None]) -> None:
+    """A row of repetitions with their mean and interval, {mean, low, high}, below them."""
+    axes.plot(values, [y + 0.18] * len(values), "o", markersize=3, alpha=0.6, color=COLOURS[0])
+    ends = [[mean["mean"] - mean["low"]], [mean["high"] - mean["mean"]]] if mean["low"] is not None else None
+    axes.errorbar([mean["mean"]], [y - 0.08], xerr=ends, fmt="D", markersize=4, capsize=3, color=COLOURS[1])
 
 
 def to_svg(figure: Figure, prefix: str) -> str:

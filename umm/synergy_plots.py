@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from umm.plots import SOFT, log_scale, look, new_axes, styled
+from umm.plots import SOFT, dots, log_scale, look, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,10 +77,7 @@ def seed_scores(found: dict, endpoint: str) -> Figure:
     figure, axes = new_axes(f"{endpoint}: s per seed", "log(error alone / error together)", size=size)
     axes.axvline(0, color=SOFT, linewidth=0.8)
     for y, (_, row) in enumerate(rows):
-        scores = list(row["per_seed"].values())
-        axes.plot(scores, [y + 0.18] * len(scores), "o", markersize=3, alpha=0.6, color=look(0)["color"])
-        axes.errorbar([row["mean"]], [y - 0.08], xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
-                      fmt="D", markersize=4, capsize=3, color=look(1)["color"])  # fmt: skip
+        dots(axes, y, list(row["per_seed"].values()), row)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     return figure

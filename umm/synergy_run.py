@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from umm.errors import UmmError
-from umm.many_runs import Job, Judge, perform, results, sigterm_raises, train_and_judge, work
+from umm.many_runs import Job, Judge, perform, results, row_of, sigterm_raises, train_and_judge, work
 from umm.runs import lock, write_atomic
 from umm.synergy import Declaration, Endpoint, read_declaration
 from umm.workers import cores
@@ -76,16 +76,12 @@ def number(rows: list[dict], endpoint: Endpoint, name: str) -> dict:
     Raises:
         UmmError: no row or several have those fields, or the row's direction is not the endpoint's.
     """
-    fitting = [row for row in rows if all(row.get(key) == value for key, value in endpoint.row.items())]
-    if len(fitting) != 1:
-        names = {row["metric"] + (f" ({row['space']})" if row.get("space") else "") for row in rows}
-        there = ", ".join(sorted(names))
-        raise UmmError(f"endpoint '{name}': {len(fitting)} rows have {endpoint.row}, not one. There are: {there}.")
+    found = row_of(rows, endpoint.row, f"endpoint '{name}'")
     higher = endpoint.error != "value"
-    if fitting[0].get("higher_is_better", higher) not in (higher, None):
+    if found.get("higher_is_better", higher) not in (higher, None):
         better = "lower" if higher else "higher"
         raise UmmError(f"endpoint '{name}': its metric is better {better}, which contradicts error={endpoint.error}.")
-    return fitting[0]
+    return found
 
 
 def error_of(value: float, endpoint: Endpoint) -> float:

@@ -96,7 +96,10 @@ class Trainer:
                     waited, started, window = 0.0, time.perf_counter(), Window()
                 self.due()
                 progress.advance(self.settings.batch_size)
-        return self.finish() if self.step == self.steps else self.stop()
+        folder = self.finish() if self.step == self.steps else self.stop()
+        if self.stop_signal is not None:  # it came in the last step, and whoever goes on from here is to stop too
+            raise SystemExit(128 + self.stop_signal)
+        return folder
 
     def at_work(self) -> list[Task]:
         """The tasks that take part in the present step."""

@@ -43,10 +43,13 @@ class Worker:
             self.process.join()
             return "failed", f"its process ended with status {self.process.exitcode}"
 
-    def close(self) -> None:
-        """Let an idle process go, and a busy one save its work: it is told as by `kill`."""
+    def stop(self) -> None:
+        """Let a busy process save its work: it is told as by `kill`."""
         if self.job is not None and self.process.is_alive():
             self.process.terminate()
+
+    def close(self) -> None:
+        """Wait for a process that has nothing more to do."""
         self.pipe.close()
         self.process.join()
 
@@ -74,6 +77,8 @@ def in_workers(
         while any(w.job is not None for w in crew):
             yield from finished(crew)
     finally:
+        for worker in crew:  # all are told before any is waited for
+            worker.stop()
         for worker in crew:
             worker.close()
 

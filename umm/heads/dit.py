@@ -251,11 +251,18 @@ def check(config: DiTSettings, spec: LatentSpec) -> None:
         if width % heads or (config.rope and width // heads % 4):
             multiple = f"{'4 times ' if config.rope else ''}dit.{prefix}heads"
             raise ConfigError(f"dit.{prefix}width={width} must be a multiple of {multiple} ({heads}).")
-    token_dim, (_, width, _) = spec.channels * config.patch**2, streams[-1]
-    if width < token_dim:
-        warnings.warn(
-            f"this DiT is {width} wide but a token has {token_dim} numbers: narrower than the token dimension, it "
-            "cannot tell all the noise from the data and its loss stays high (RAE, arXiv 2510.11690, theorem 1). "
-            "Widen it, or give it a wide head with dit.head_depth and dit.head_width.",
-            stacklevel=4,
-        )
+    if sentence := too_narrow(config, spec):
+        warnings.warn(sentence, stacklevel=4)
+
+
+def too_narrow(config: DiTSettings, spec: LatentSpec) -> str | None:
+    """What narrowness costs a network, where what its output is read from is narrower than a token."""
+    config = sized(config)
+    token_dim, width = spec.channels * config.patch**2, config.head_width if config.head_depth else config.width
+    if width >= token_dim:
+        return None
+    return (
+        f"this DiT is {width} wide but a token has {token_dim} numbers: narrower than the token dimension, it "
+        "cannot tell all the noise from the data and its loss stays high (RAE, arXiv 2510.11690, theorem 1). "
+        "Widen it, or give it a wide head with dit.head_depth and dit.head_width."
+    )
