@@ -74,10 +74,26 @@ def planted() -> str:
     return table(["pair (`experiments/synergy/`), 8 seeds", "s of u", "s of g", "Sigma"], rows)
 
 
+def diagnose() -> str:
+    columns = {
+        "directions in use": ("effective_rank", 0),
+        "sparsity": ("hoyer", 2),
+        "excess kurtosis": ("kurtosis", 2),
+        "fine detail": ("high_frequency", 2),
+        "self-similarity": ("self_similarity", 2),
+    }
+    rows = []
+    for name, found in result("tiny-diagnose").items():
+        numbers = {row["metric"]: row["value"] for row in found["numbers"] if row["coordinates"] == "standardised"}
+        shown = [f"{round(numbers[metric], digits) + 0.0:.{digits}f}" for metric, digits in columns.values()]  # no -0.00
+        rows.append([name.partition(", with")[0], f"{numbers['channels']:.0f}", *shown])
+    return table(["standardised latents", "channels", *columns], rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, planted)}
+TABLES = {made.__name__: made for made in (recon, planted, diagnose)}
 
 
 def rewritten(text: str) -> str:
