@@ -127,7 +127,7 @@ def test_every_package_is_declared():
     """A sub-package that is not declared is silently left out of the wheel."""
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {"umm"} | {f"umm.{file.parent.name}" for file in (ROOT / "umm").glob("*/__init__.py")}
-    assert declared == found
+    assert declared - {"umm.configs"} == found, "settings alone need no __init__"
 
 
 def test_nobody_seeds_the_global_generator():

@@ -56,7 +56,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 def check_installed(python: Path, folder: Path) -> None:
     """The commands work from a folder whose own tasks.py would break them if it were imported."""
     (folder / "tasks.py").write_text("raise RuntimeError('the wrong tasks')")
-    imports = "import umm.tasks.recon, umm.latents.dinov2"
+    imports = "import umm.tasks.recon, umm.latents.dinov2, umm.demo; umm.demo.recipes(umm.demo.Path('runs'), 1, 64)"
     for arguments in (["-m", "umm", "--help"], ["-m", "umm", "list"], ["-c", imports]):
         done = run(python, folder, *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -67,6 +67,7 @@ def test_the_wheel_holds_umm_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"umm"}
     assert "umm/tasks/recon.py" in names and "umm/latents/dinov2.py" in names
+    assert "umm/configs/gen.yaml" in names, "umm demo reads it"
 
 
 def test_the_wheel_works_far_from_the_checkout(wheel, tmp_path):

@@ -98,10 +98,17 @@ def test_the_folders_of_the_tree_exist():
 
 @pytest.mark.slow
 def test_the_demo_tells_its_story(tmp_path):
-    """The whole of it, with two seconds of training: what the README's first command runs after installing."""
-    output = run(tmp_path, [sys.executable, "-m", "umm", "demo", "--minutes", "0.2", "--scenes", "128"])
-    fell = re.search(r"L1 fell from ([\d.]+) to ([\d.]+)", output)
-    assert fell and float(fell[2]) < float(fell[1])
-    assert "psnr of the mean picture" in output
-    picture = re.search(r"(\S+\.png)", output)
-    assert picture and os.path.getsize(tmp_path / picture[1]) > 1000
+    """The whole of it, with seconds of training: what the README's first command runs after installing."""
+    command = [sys.executable, "-m", "umm", "demo", "--minutes", "0.2", "--scenes", "128"]
+    output = run(tmp_path, command)
+    psnr = re.search(r"=> ([\d.]+) dB .*the mean picture ([\d.]+), an untrained decoder ([\d.]+)", output)
+    assert psnr and float(psnr[1]) > float(psnr[3])
+    for words in ("samples for the shape asked for", "a linear map of the latents", "names the shape: together"):
+        assert f"\n=> {words}" in output or words in output.split("done:")[0], words
+    files = re.findall(r"^   (\S+\.(?:png|html)) ", output, flags=re.MULTILINE)
+    assert len(files) == 4 and all(os.path.getsize(tmp_path / file) > 1000 for file in files)
+    models = sorted(tmp_path.glob("runs/demo/*/model/*.safetensors"))
+    before = [file.stat().st_mtime_ns for file in models]
+    again = run(tmp_path, command)  # nothing is trained twice
+    assert re.findall("^=> .*", again, flags=re.MULTILINE) == re.findall("^=> .*", output, flags=re.MULTILINE)
+    assert len(models) >= 6 and before == [file.stat().st_mtime_ns for file in models]

@@ -77,6 +77,18 @@ def test_runs_of_several_tasks_share_plots_where_they_share_terms(tmp_path):
     assert len(page.all("img")) == 3
 
 
+def test_the_samples_of_a_joint_run_are_shown_and_many_settings_folded(tmp_path):
+    joint = make(tmp_path / "both", "joint")
+    (joint / "samples" / "000000096.png").rename(joint / "samples" / "000000096-gen.png")
+    page = page_of(joint, make(tmp_path / "alone", "recon", settings=("recon.optim.lr=1e-3",)))
+    assert "both (gen) after 96 images." in page.text and "Settings: " not in page.text
+    texts = [f"recon.decoder.{key}=2" for key in ("width", "depth", "heads", "mlp")]
+    texts += [f"recon.optim.{key}=1" for key in ("lr", "final_lr", "warmup", "constant", "weight_decay", "clip")]
+    texts += [f"train.{key}=7" for key in ("batch_size", "workers", "keep", "log_every", "save_every", "accumulate")]
+    page = page_of(make(tmp_path / "one"), make(tmp_path / "other", settings=tuple(texts)))
+    assert "Settings: 16 differ" in page.text
+
+
 def test_only_settings_that_differ_are_listed(tmp_path):
     one = make(tmp_path / "one", settings=("recon.noise=0.5", "recon.optim.lr=1e-3"))
     other = make(tmp_path / "other", settings=("recon.noise=0.25", "recon.optim.lr=1e-3"))

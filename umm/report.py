@@ -18,6 +18,8 @@ from umm.run_facts import Arm, Seen, arms_of, flat, look_at, plain
 from umm.run_tables import add_evaluations, add_joint, add_probe, with_values
 from umm.runs import now
 
+MANY = 15  # settings that are folded
+
 
 def write_report(folders: Sequence[str], out: str) -> str:
     """Write the page of these runs; returns what there is to say about it.
@@ -109,7 +111,10 @@ def add_settings(page: Page, seen: Sequence[Seen]) -> None:
         rows, words = from_defaults(seen[0]), "Settings that differ from the defaults."
     else:
         rows, words = differences(seen), "Settings that at least two of the runs have, with different values."
-    if rows:
+    if len(rows) > MANY:
+        with page.folded(f"Settings: {len(rows)} differ"):
+            page.table(rows, words)
+    elif rows:
         page.heading("Settings", 3)
         page.table(rows, words)
     elif len(seen) > 1:
@@ -153,7 +158,8 @@ def add_pictures(page: Page, arms: Sequence[Arm]) -> None:
         if not begun:
             page.heading("Newest samples")
             begun = True
-        file, words = files[-1], f"{run.name} after {int(files[-1].stem):,} images"
+        file, (images, _, part) = files[-1], files[-1].stem.partition("-")
+        words = f"{run.name}{f' ({part})' if part else ''} after {int(images):,} images"
         try:
             if file.suffix == ".txt":
                 with page.folded(f"{words}: questions, answers, and the right answers"):

@@ -68,9 +68,9 @@ class Seen:
         return training_seconds(self.log)
 
     def grids(self) -> list[Path]:
-        """Picture grids and texts that training drew, oldest first."""
+        """Picture grids and texts that training drew, oldest first: <images> or, of several parts, <images>-<part>."""
         files = [path for path in (self.folder / "samples").glob("*") if path.suffix in (".png", ".txt")]
-        return sorted(path for path in files if path.stem.isdigit())
+        return sorted(path for path in files if path.stem.partition("-")[0].isdigit())
 
 
 @dataclass(frozen=True)
