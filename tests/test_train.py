@@ -150,6 +150,22 @@ def test_sigterm_saves_and_says_how_to_go_on(fake_overrides, tmp_path):
     assert torch.load(newest / "state.pt", weights_only=True)["step"] == int(newest.name)
 
 
+def test_a_signal_in_the_last_step_still_ends_whoever_trains_several_runs(fake_overrides):
+    trainer = Trainer(load("recon", None, fake_overrides))
+    step, last = trainer.train_step, trainer.steps - 1
+
+    def interrupted(micro_batches):
+        if trainer.step == last:
+            signal.raise_signal(signal.SIGTERM)
+        return step(micro_batches)
+
+    trainer.train_step = interrupted
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (trainer.run.folder / "model" / "config.yaml").exists()  # there was nothing left to do
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(fake_overrides, tmp_path):
     """With the GAN: the discriminator's gradients and the adaptive weight belong to all processes."""
