@@ -20,6 +20,7 @@ from umm.build import judged_data, open_source, settings_of
 from umm.data.base import DataSource, collate
 from umm.errors import ConfigError, DataError
 from umm.judging import Judges, Records, share_of
+from umm.latents._adapted import adapted_identity
 from umm.loader import to_device
 from umm.metrics._conflict import conflicts
 from umm.metrics._features import FeatureSpace
@@ -42,7 +43,7 @@ class LatentFeatures(FeatureSpace):
     name, families = "latents", ("latents",)
 
     def __init__(self, model: UnifiedModel):
-        self.dim, self.identity = model.spec.channels, model.space.identity()
+        self.dim, self.identity = model.spec.channels, adapted_identity(model.space)
 
     def of(self, latents: Tensor) -> Tensor:
         return latents.mean((2, 3)).float()

@@ -60,4 +60,9 @@ class PartUnd(Und):
 
     def view(self, data):
         data = super().view(data)
-        return View(data, order=permutation(len(data), self.seed, "placebo", 0)) if self.permuted else data
+        return with_permuted_labels(data, self.seed) if self.permuted else data
+
+
+def with_permuted_labels(data, seed: int) -> View:
+    """The same pictures, each with the label of another one."""
+    return View(data, order=permutation(len(data), seed, "placebo", 0))

@@ -6,7 +6,7 @@ trained in one loop, equal the same tasks trained apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,24 @@ class Phase:
         self.forward = self.module
 
 
+class Loan:
+    """Gradients of parameters that one optimiser moves, made in passes of others."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters, self.gradients = list(parameters), {}
+
+    def take(self, task: str) -> None:
+        """Put the parameters' gradients by, under the task they are of."""
+        self.gradients[task] = [p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def repay(self, task: str) -> None:
+        """Give a task's gradients back to the parameters."""
+        for parameter, gradient in zip(self.parameters, self.gradients.pop(task, [None] * len(self.parameters))):
+            parameter.grad = gradient
+
+
 @dataclass
 class Turn:
     """What one task has to say in an optimiser's step."""
@@ -47,10 +65,18 @@ class Turn:
     weight: float = 1.0  # of its gradient, after clipping
     stopped: list[nn.Parameter] = field(default_factory=list)  # its gradient does not move these
     pick: Callable[[nn.Module], nn.Module] = lambda module: module  # the phase's module inside the optimiser's
+    lends: Loan | None = None  # takes what this turn's pass leaves at another optimiser's parameters
+    borrows: Loan | None = None  # where this turn's gradient was left by an earlier pass; it has none of its own
+    guests: tuple[str, ...] = ()  # tasks on whose pictures it is taken; empty: its own
 
     @property
     def key(self) -> str:
         return f"{self.task.name}.{self.phase}"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Tasks whose pictures it sees."""
+        return self.guests or (self.task.name,)
 
 
 @dataclass

@@ -107,14 +107,15 @@ class Gen(Task):
         """Flow matching, plus the auxiliary output's and the alignment's losses where the network has them."""
         settings = self.settings
         z = self.clean(batch, rng)  # (B, C, h, w)
+        goal = self.goal(z)
         t = flow.training_time(rng.fork("time").rand(), self.shift, settings.flow)  # (B,)
         eps = rng.fork("noise").randn(*z.shape[1:])
         out = self.phases[0].forward(flow.interpolate(z, eps, t), t, self.labels(batch, rng), auxiliary=True)
-        error = flow.loss(out.prediction.float(), z, eps, t, settings.flow)  # (B,)
+        error = flow.loss(out.prediction.float(), goal, eps, t, settings.flow)  # (B,)
         terms = {"flow": error.mean()}
         total = terms["flow"]
         if out.base is not None:
-            terms["base"] = flow.loss(out.base.float(), z, eps, t, settings.flow).mean()
+            terms["base"] = flow.loss(out.base.float(), goal, eps, t, settings.flow).mean()
             total = total + settings.base_weight * terms["base"]
         if out.aligned is not None:
             terms["repa"] = misalignment(out.aligned, self.alignment_target(batch))
@@ -125,6 +126,10 @@ class Gen(Task):
     def clean(self, batch: dict[str, Tensor], rng: PictureRNG) -> Tensor:
         """What is to be generated: standardised latents."""
         return self.space.normalizer(batch["latent"].float())
+
+    def goal(self, z: Tensor) -> Tensor:
+        """What predictions are compared with."""
+        return z
 
     def labels(self, batch: dict[str, Tensor], rng: PictureRNG) -> Tensor | None:
         """Class numbers (B,), some of them dropped for the label that means no class."""

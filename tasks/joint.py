@@ -1,6 +1,7 @@
 """Several tasks in one loop on one latent space: do they help each other?
 
     joint.share=trunk    `und` reads a block of the DiT that `gen` trains; both losses move the blocks up to it
+    joint.share=adapter  every part reads latents through one residual adapter, which all losses move (`_adapter.py`)
     joint.share=nothing  every part trains what it would train alone, on the same pictures
 
 Every part keeps its own data order and random stream, named by (seed, part), and its gradient is clipped by itself.
@@ -11,7 +12,7 @@ differs otherwise was brought about by the other loss. `umm synergy` builds its 
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import asdict
 from itertools import pairwise
 
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from umm.latents.base import LatentSpace
 from umm.model import UnifiedModel
 from umm.registry import find
 from umm.settings import JointSettings
+from umm.tasks._adapter import adapter_groups, build_adapted, check_adapted, judge_adapter
 from umm.tasks._parts import PartGen, PartUnd, SharedTrunk
 from umm.tasks.base import Group, Phase, Task, Turn
 from umm.tasks.und import read_parts
@@ -35,6 +37,7 @@ ELSEWHERE = {
     "gen": {"optim": "joint.optim", "ema": "joint.ema"},
     "und": {"optim": "joint.optim", "ema": "joint.ema", "dit": "gen.dit", "train": "joint.share=nothing"},
 }
+EMA_ELSEWHERE = {part: {"ema": "joint.ema"} for part in ("gen", "und", "recon")}
 
 
 class Joint(Task):
@@ -46,8 +49,11 @@ class Joint(Task):
         super().__init__(config, space, val)
         self.settings = settings_of(config.joint)
         check(self.settings, config)
-        self.shares = self.settings.share == "trunk"
-        self.parts = self.build_shared() if self.shares else self.build_apart()
+        self.shares, self.adapter = self.settings.share == "trunk", None
+        if self.settings.share == "adapter":
+            self.adapter, self.parts = build_adapted(config, space, val)
+        else:
+            self.parts = self.build_shared() if self.shares else self.build_apart()
         if self.settings.sequential:
             self.place_one_after_another()
 
@@ -90,6 +96,8 @@ class Joint(Task):
 
     def groups(self) -> list[Group]:
         """One optimiser for what is shared, and those of the parts that share nothing."""
+        if self.adapter is not None:
+            return adapter_groups(self.adapter, self.parts, self.settings)
         apart = [part for name, part in self.parts.items() if not self.shares or name == "recon"]
         found = [group for part in apart for group in part.groups()]
         return found + ([self.shared_group()] if self.shares else [])
@@ -112,6 +120,8 @@ class Joint(Task):
         found = {}
         for part in self.parts.values():
             found |= part.head_settings()
+        if self.adapter is not None:
+            return found | {"adapter": {"settings": asdict(self.settings.adapter), "facts": {}}}
         return found | ({"dit": self.gen.head_settings()["dit"]} if "dit" in found and self.shares else {})
 
     @staticmethod
@@ -120,6 +130,8 @@ class Joint(Task):
         records = Records()
         for part in config.joint.parts:
             records.add(find("tasks", part).evaluate(model, config, accelerator))
+        if "adapter" in model.heads:
+            records.add(judge_adapter(model, config, accelerator))
         return records
 
 
@@ -135,6 +147,14 @@ def check(settings: JointSettings, config: DictConfig) -> None:
     parts = settings.parts
     if not parts or len(set(parts)) < len(parts):
         raise ConfigError(f"joint.parts={list(parts)}: name one part or more, each once.")
+    if settings.share == "adapter":
+        check_adapted(settings, config)
+        refuse_elsewhere(config, EMA_ELSEWHERE, settings.share)
+        return
+    if settings.adapter != schemas.AdapterSettings():
+        raise ConfigError(f"joint.adapter has no effect with joint.share={settings.share}: set joint.share=adapter.")
+    if settings.weights.recon != 1 or "recon" in settings.stop:
+        raise ConfigError(f"recon shares nothing with joint.share={settings.share}: it has neither weight nor stop.")
     if settings.share == "nothing":
         for key in ("balance", "stop", "twice"):
             if getattr(settings, key):
@@ -148,9 +168,14 @@ def check(settings: JointSettings, config: DictConfig) -> None:
         raise ConfigError(f"joint.share=trunk needs gen or und among joint.parts, not only {', '.join(parts)}.")
     if config.und.kind != "classify":
         raise ConfigError(f"und.kind={config.und.kind} reads latents, not a trunk: set joint.share=nothing.")
-    for part, names in ELSEWHERE.items():
-        default = {"gen": schemas.GenSettings, "und": schemas.UndSettings}[part]()
+    refuse_elsewhere(config, ELSEWHERE, settings.share)
+
+
+def refuse_elsewhere(config: DictConfig, elsewhere: dict[str, dict[str, str]], share: str) -> None:
+    """Refuse what has no effect because another setting takes its place."""
+    for part, names in elsewhere.items():
         given = settings_of(config[part])
-        for field in fields(given):
-            if field.name in names and getattr(given, field.name) != getattr(default, field.name):
-                raise ConfigError(f"{part}.{field.name} has no effect with joint.share=trunk: set {names[field.name]}.")
+        default = type(given)()
+        for name, other in names.items():
+            if getattr(given, name) != getattr(default, name):
+                raise ConfigError(f"{part}.{name} has no effect with joint.share={share}: set {other}.")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from fakes.launching import environment
+from omegaconf import OmegaConf
 
 from umm.build import build_space, check_data, fit_normalizer, open_source
 from umm.config import load
-from umm.errors import DataError, UmmError
+from umm.errors import ConfigError, DataError, UmmError
 from umm.loader import Feed, batches
 from umm.registry import find
 from umm.runs import Run
@@ -44,6 +45,17 @@ def test_a_run_taken_back_to_an_earlier_checkpoint_keeps_what_it_saves_next(tmp_
     (tmp_path / "checkpoints" / "latest").write_text("00000002")
     run.save(3, write, 1)
     assert names(run) == [3] and run.latest().name == "00000003"
+
+
+def test_a_run_older_than_a_setting_goes_on_with_its_default(tmp_path):
+    config = load("joint", None, [f"run={tmp_path}", "data.name=fakes.shades", "latent.name=fakes.space"])
+    older = config.copy()
+    del older.joint["adapter"], older.recon["l1"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(older))
+    Run(tmp_path).check_same(config)
+    config.recon.l1 = 2.0
+    with pytest.raises(ConfigError, match=r"'recon.l1' was 1.0 and is 2.0"):
+        Run(tmp_path).check_same(config)
 
 
 def test_without_a_pointer_the_newest_checkpoint_counts(tmp_path):

@@ -17,6 +17,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from umm.errors import MissingWeights, UmmError
 from umm.heads.decoder import Decoder
+from umm.latents._adapted import adapter_digest
 from umm.latents._encoder import pixel_stats
 from umm.latents._stats import load_stats
 from umm.latents.base import LatentSpec
@@ -337,6 +338,7 @@ def _obstacles(model: UnifiedModel) -> list[str]:
     found = {
         f"its latent comes from blocks {list(space.layers)}, not from the last, {last}": space.layers != (last,),
         "its latents are scaled to a sphere": space.normalizer.mode == "sphere",
+        "its latents go through an adapter": adapter_digest(space) is not None,
     }
     return [obstacle for obstacle, met in found.items() if met]
 

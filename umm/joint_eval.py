@@ -19,6 +19,7 @@ from umm.config import TASKS, combine, config_hash, schema
 from umm.errors import MissingHead, UmmError
 from umm.evaluate import run_config, write
 from umm.judging import Records
+from umm.latents._adapted import adapter_digest
 from umm.metrics._conflict import MARK
 from umm.model import UnifiedModel
 from umm.paired import compare
@@ -55,6 +56,7 @@ def evaluate_joint(folder: str, baselines: Sequence[str] = (), overrides: Sequen
     named = any(text.startswith("eval.metrics=") for text in overrides)
     configs = {part: part_config(whole, part, named) for part in parts_of(model)}
     judged = judge(seen[0].name, model, configs, accelerator)
+    judged.notes += adapter_notes(model)
     others = [judge_baseline(one.name, Run(one.folder), model, configs, judged, accelerator) for one in seen[1:]]
     if not accelerator.is_main_process:
         return ""
@@ -154,10 +156,30 @@ def judge_baseline(
         if records is not None:
             return Judged(name, {parts[0]: records}, [f"{parts[0]}: {note}" for note in records.notes])
     judged = judge(name, other, own, accelerator)
+    judged.notes += adapter_notes(other)
     if accelerator.is_main_process:
         alone = len(parts) == 1
         write(run, judged.parts[parts[0]] if alone else merged(judged.parts), own[parts[0]] if alone else saved)
+    if adapter_digest(other.space) != adapter_digest(model.space):
+        drop_latents(judged)
     return judged
+
+
+def adapter_notes(model: UnifiedModel) -> list[str]:
+    """Through what the heads read, and whether the decoder has learnt to."""
+    if adapter_digest(model.space) is None:
+        return []
+    decoder = model.facts.get("adapter", {}).get("decoder")
+    return ["all heads read latents through an adapter" + (f"; the decoder was {decoder}" if decoder else "")]
+
+
+def drop_latents(judged: Judged) -> None:
+    """Leave out what was measured in the latents: behind another adapter, or none, they are another space."""
+    for part, records in judged.parts.items():
+        kept = [row for row in records.numbers if row.get("space") != "latents"]
+        if len(kept) < len(records.numbers):
+            records.numbers = kept
+            judged.notes.append(f"{part}: distances in latents are not compared, an adapter lies between them")
 
 
 def trained_for(config: DictConfig, part: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import torch
 from accelerate import Accelerator
@@ -87,16 +89,18 @@ class Learner:
             batches, plans: {task: its micro-batches, the picture numbers of each}; tasks that are not there rest.
             images: pictures trained on before this step.
         """
-        turns = [turn for turn in self.group.turns if turn.task.name in batches]
+        turns = [turn for turn in self.group.turns if any(name in batches for name in turn.reads)]
         start, stop = self.span(turns)
         done = images + sum(map(len, next(iter(plans.values())))) * self.accelerator.num_processes
         rate = learning_rate(self.phase.optim, done - start, stop - start)
         logs: dict[str, Tensor | float] = {}
         gradients: list[list[Tensor | None]] = []
         for turn in turns:
-            name = turn.task.name
-            terms = self.backward(turn, batches[name], plans[name], images)
+            seen = [name for name in turn.reads if name in batches]
+            terms = self.gradients_of(turn, joined(batches, seen), joined(plans, seen), images)
             norm = self.clip(turn)
+            if turn.lends is not None:
+                turn.lends.take(turn.task.name)
             logs |= {f"{turn.key}.{term}": value for term, value in (terms | {"lr": rate, "grad_norm": norm}).items()}
             if self.group.shared is not None:
                 gradients.append(self.taken())
@@ -110,8 +114,21 @@ class Learner:
         start = max([self.phase.start, *(turn.task.window[0] for turn in turns)])
         return start, min([self.total, *(turn.task.window[1] or self.total for turn in turns)])
 
+    def gradients_of(self, turn: Turn, micro_batches: list[dict], plan: Plan, images: int) -> dict[str, Tensor]:
+        """A turn's gradients, averaged over the processes, but for those it stops; returns its terms."""
+        if turn.borrows is None:
+            terms = self.backward(turn, micro_batches, plan, images)
+        else:
+            turn.borrows.repay(turn.task.name)
+            terms = {}
+        if self.wrapped is None:
+            self.reduce()
+        for parameter in turn.stopped:
+            parameter.grad = None
+        return terms
+
     def backward(self, turn: Turn, micro_batches: list[dict], plan: Plan, images: int) -> dict[str, Tensor]:
-        """Gradients of the mean loss over all micro-batches and processes; returns the mean terms."""
+        """Adds up the gradients of the mean loss over all micro-batches; returns the mean terms."""
         total: dict[str, Tensor] = {}
         turn.task.begin(turn.phase)
         for i, (batch, counters) in enumerate(zip(micro_batches, plan)):
@@ -122,10 +139,6 @@ class Learner:
             for name, value in terms.items():
                 total[name] = total.get(name, 0.0) + value.detach() / len(plan)
         turn.task.end(turn.phase, lambda x: self.accelerator.reduce(x, "mean"))
-        if self.wrapped is None:
-            self.reduce()
-        for parameter in turn.stopped:
-            parameter.grad = None
         return total
 
     def around(self, last: bool):
@@ -136,8 +149,8 @@ class Learner:
 
     def reduce(self) -> None:
         """Average the gradients over the processes, for a module that no wrapper does it for."""
-        if self.accelerator.num_processes > 1:
-            there = [p for p in self.parameters if p.grad is not None]
+        there = [p for p in self.parameters if p.grad is not None]
+        if self.accelerator.num_processes > 1 and there:
             flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in there]), "mean")
             for parameter, gradient in zip(there, flat.split([p.numel() for p in there])):
                 parameter.grad.copy_(gradient.view_as(parameter))
@@ -156,15 +169,19 @@ class Learner:
         """Give the parameters the weighted sum of the tasks' gradients; returns how those agree where they meet."""
         index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         common = [index[id(parameter)] for parameter in self.group.shared]
-        parts = [joined([mine[i] for i in common], self.group.shared) for mine in gradients]
         weights: list[Tensor | float] = [turn.weight for turn in turns]
+        tasks = [i for i, turn in enumerate(turns) if not turn.guests]
+        parts = [as_vector([gradients[i][j] for j in common], self.group.shared) for i in tasks]
         logs = {}
         if len(parts) > 1 and all(part is not None for part in parts):
             norms = [part.norm() for part in parts]
-            logs["cosine"] = parts[0] @ parts[1] / (norms[0] * norms[1]).clamp_min(1e-30)
+            logs["cosine"] = cosine(parts[0], parts[1])
             logs["norm_share"] = norms[1] / (norms[0] + norms[1]).clamp_min(1e-30)  # the second task's
-            if self.group.balance:
-                weights[1:] = [w * norms[0] / norm.clamp_min(1e-30) for w, norm in zip(weights[1:], norms[1:])]
+            for i, norm in zip(tasks[1:], norms[1:]) if self.group.balance else ():
+                weights[i] = weights[i] * norms[0] / norm.clamp_min(1e-30)
+        there = [(turns[i].task.name, part) for i, part in zip(tasks, parts) if part is not None]
+        for (one, first), (other, second) in combinations(there, 2) if len(tasks) > 2 else ():
+            logs[f"cosine_{one}_{other}"] = cosine(first, second)
         for parameter, mine in zip(self.parameters, zip(*gradients)):
             there = [(weight, gradient) for weight, gradient in zip(weights, mine) if gradient is not None]
             parameter.grad = sum_of(there)
@@ -184,7 +201,17 @@ class Learner:
         return self.ema.module if self.ema else self.phase.module
 
 
-def joined(gradients: list[Tensor | None], like: list[nn.Parameter]) -> Tensor | None:
+def joined(lists: Mapping[str, list], names: Sequence[str]) -> list:
+    """The lists of these names one after another."""
+    return [entry for name in names for entry in lists[name]]
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Of two vectors."""
+    return first @ second / (first.norm() * second.norm()).clamp_min(1e-30)
+
+
+def as_vector(gradients: list[Tensor | None], like: list[nn.Parameter]) -> Tensor | None:
     """One vector, zeros where there is no gradient; None where there is none at all."""
     if all(gradient is None for gradient in gradients):
         return None

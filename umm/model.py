@@ -16,8 +16,10 @@ from umm import __version__, sampling
 from umm.config import choice_settings
 from umm.errors import MissingHead, UmmError
 from umm.heads._answering import share_pretrained
+from umm.latents._adapted import adapted, adapter_digest
 from umm.latents.base import LatentSpace, check_images
 from umm.layers import grid_of
+from umm.pretrained import sha256_of
 from umm.registry import find
 from umm.rng import generator
 from umm.runs import reading, write_atomic, writing
@@ -31,12 +33,13 @@ HOW_TO_TRAIN = {"decoder": "recon", "dit": "gen", "vqa": "und und.kind=vqa"}  # 
 class UnifiedModel(nn.Module):
     """encode, decode, reconstruct, sample, classify, answer: whatever the heads at hand allow.
 
-    images (B, 3, H, W) float in [0, 1]; latents (B, C, h, w), standardised by the space's statistics.
+    images (B, 3, H, W) float in [0, 1]; latents (B, C, h, w), standardised by the space's statistics. A head called
+    `adapter` moves latents for all others: `encode`, and whatever reads `space`, gives adapted ones.
     """
 
     def __init__(self, space: LatentSpace, heads: dict[str, nn.Module], facts: dict | None = None):
         super().__init__()
-        self.space = space
+        self.space = adapted(space, heads["adapter"]) if "adapter" in heads else space
         self.heads = nn.ModuleDict(heads)
         self.facts = facts or {}  # provenance, e.g. which networks took part in training
         self.eval()
@@ -169,7 +172,8 @@ class UnifiedModel(nn.Module):
             partial.mkdir(parents=True)
             for name, head in self.heads.items():
                 save_file(contiguous(head.state_dict()), partial / f"{name}.safetensors")
-            save_file(contiguous(self.space.normalizer.state_dict()), partial / "normalizer.safetensors")
+            statistics = {key: value for key, value in self.space.normalizer.state_dict().items() if "." not in key}
+            save_file(contiguous(statistics), partial / "normalizer.safetensors")
             if state := self.space.own_state():
                 save_file(contiguous(state), partial / "space.safetensors")
             write_atomic(partial / "config.yaml", OmegaConf.to_yaml(described))
@@ -227,6 +231,7 @@ def load_head(path: str | Path, name: str, space: LatentSpace) -> tuple[nn.Modul
     if name not in config["heads"]:
         raise MissingHead(f"{folder} has no {name}: it holds {', '.join(config['heads'])}.")
     check_identity(space, json.loads(config.identity), folder)
+    check_adapter(space, config, name, folder)
     described = config["heads"][name]
     head = build_head(described, space, folder / f"{name}.safetensors").to(space.normalizer.mean.device)
     return head, OmegaConf.to_container(described), OmegaConf.to_container(config.facts)
@@ -261,6 +266,17 @@ def check_identity(space: LatentSpace, expected: dict, folder: Path) -> None:
                 f"{folder} was trained on a latent space whose '{key}' is {value!r}; the one found here has "
                 f"{found.get(key)!r}. Give the original encoder weights."
             )
+
+
+def check_adapter(space: LatentSpace, config: DictConfig, name: str, folder: Path) -> None:
+    """Refuse a head that reads latents which no adapter, or another one, has moved; a decoder may read adapted ones."""
+    trained = None
+    if "adapter" in config["heads"]:
+        with reading(folder / "adapter.safetensors", AGAIN):
+            trained = sha256_of(load_file(folder / "adapter.safetensors"))
+    if trained != adapter_digest(space) and not (trained is None and name == "decoder"):
+        reads, here = ("adapted", "others") if trained else ("unadapted", "adapted ones")
+        raise UmmError(f"the {name} of {folder} reads {reads} latents and would get {here} here: train one for these.")
 
 
 def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from umm import __version__
-from umm.config import config_hash, first_difference, to_yaml
+from umm.config import combine, config_hash, first_difference, to_yaml
 from umm.errors import ConfigError, UmmError
 
 # settings that may change when a run goes on: they do not touch its numbers
@@ -74,8 +74,17 @@ class Run:
                 raise UmmError("no task is named in it")
         return config
 
+    @property
+    def config_now(self) -> DictConfig:
+        """The configuration with the defaults of settings that it is older than."""
+        saved = self.config
+        try:
+            return combine(saved.task, [(str(self.config_file), saved)])
+        except UmmError:  # it has settings that are no more
+            return saved
+
     def check_same(self, config: DictConfig) -> None:
-        difference = first_difference(self.config, config, ignore=MAY_CHANGE)
+        difference = first_difference(self.config_now, config, ignore=MAY_CHANGE)
         if difference:
             raise ConfigError(
                 f"{self.folder} holds a run in which {difference} now: give run=<another folder>, or delete it."

@@ -568,6 +568,18 @@ class JointWeights:
 
     gen: float = 1.0
     und: float = 1.0
+    recon: float = 1.0  # share=adapter only
+
+
+@dataclass
+class AdapterSettings:
+    """A residual network on standardised latents, token by token, that keeps every token's length."""
+
+    name: str = "adapter"
+    hidden: int = 256  # channels of its hidden layers
+    depth: int = 1  # hidden layers
+    teacher: float = 1.0  # weight of the mean squared distance to the unadapted latents, whose variance is about 1
+    flow: Literal["input", "both"] = "input"  # where gen's loss moves latents: as the noisy input, also as the target
 
 
 @dataclass
@@ -575,15 +587,17 @@ class JointSettings:
     """Several tasks in one loop on one latent space.
 
     share=trunk: `und` reads a block of the DiT that `gen` trains (`gen.dit`, `und.block`, `und.time`), with one
-    optimiser and one average for both. share=nothing: every part has its own parameters and is trained as it would be
-    alone. `train.images` and `train.batch_size` are those of each part.
+    optimiser and one average for both. share=adapter: all parts read latents through one adapter, which `optim` moves;
+    each part's networks follow the part's own optimiser, and `ema` averages all. share=nothing: every part has its own
+    parameters and is trained as it would be alone. `train.images` and `train.batch_size` are those of each part.
     """
 
     parts: list[Literal["recon", "gen", "und"]] = field(default_factory=lambda: ["gen", "und"])
-    share: Literal["trunk", "nothing"] = "trunk"
+    share: Literal["trunk", "adapter", "nothing"] = "trunk"
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)  # share=adapter only
     weights: JointWeights = field(default_factory=JointWeights)
-    balance: bool = False  # give und's gradient the norm of gen's at the shared parameters, then weigh
-    stop: list[Literal["gen", "und"]] = field(default_factory=list)  # parts that do not move what is shared
+    balance: bool = False  # give the others' gradients the norm of the first part's at what is shared, then weigh
+    stop: list[Literal["gen", "und", "recon"]] = field(default_factory=list)  # parts that do not move what is shared
     sequential: bool = False  # the parts one after another, in their order, each for an equal share of train.images
     twice: bool = False  # every part once more on other pictures with other noise: more of the same, for comparison
     # what a part learns instead, for comparison: gen's latents with their tokens mixed, or Gaussian noise of the same

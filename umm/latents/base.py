@@ -167,6 +167,10 @@ class Normalizer(nn.Module):
             return z
         return z * (self.var + self.eps).sqrt() + self.mean
 
+    def adapted(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) as a decoder reads them: moved where an adapter moves latents, else themselves."""
+        return z
+
 
 @dataclass
 class Features:
