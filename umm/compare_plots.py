@@ -42,6 +42,7 @@ def panels(columns: dict[str, dict]) -> Figure:
             draw(axes, y, one["spaces"][name], inside)
         axes.set_yticks(range(len(names)), names if place % ACROSS == 0 else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=4)
     return figure
 
 

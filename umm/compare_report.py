@@ -189,12 +189,17 @@ def main_rows(found: dict) -> list[dict]:
     rows = []
     for name, one in found["spaces"].items():
         row: dict[str, Any] = {"space": name, "latent": " x ".join(map(str, one["shape"]))}
-        row |= {f"trained, {stage}": one["costs"][stage].get("parameters") for stage in STAGES if stage in one["costs"]}
+        row |= {f"trained, {stage}": parameters(one["costs"][stage]) for stage in STAGES if stage in one["costs"]}
         for column, numbers in found["columns"].items():
             mark = {True: " (higher)", False: " (lower)", None: ""}[numbers["higher_is_better"]]
             row[column + mark] = measured(numbers["spaces"].get(name))
         rows.append(row | {"seeds": len(one["seeds"])})
     return rows
+
+
+def parameters(costs: dict[str, float]) -> int | None:
+    """What a stage trained; unknown where every seed was interrupted."""
+    return round(costs["parameters"]) if "parameters" in costs else None
 
 
 def cost_rows(found: dict) -> list[dict]:
