@@ -20,8 +20,9 @@ def plots(found: dict) -> dict[str, tuple[Figure, str, str]]:
                 words = f"Error of {endpoint}: specialists by compute, and joint arms at theirs. A dotted line ends "
                 words += "at the compute a specialist would need."
                 drawn[f"curve-{endpoint}"] = learning_curve(found, endpoint), words, f"learning curve of {endpoint}"
-            words = f"s of {endpoint} against its specialist: a point a seed, mean and interval. Right of 0 is better."
-            drawn[f"seeds-{endpoint}"] = seed_scores(found, endpoint), words, f"scores of {endpoint} per seed"
+            if scores := scored_arms(found, endpoint):
+                words = f"s of {endpoint} against its specialist: a point a seed, mean, interval. Right of 0 is better."
+                drawn[f"seeds-{endpoint}"] = seed_scores(endpoint, scores), words, f"scores of {endpoint} per seed"
         if len(found["front"]) > 1:
             words = f"The headline arm by {found['declaration']['front']['key']}; filled: no other is better in both. "
             words += "Dashed: the specialists; left of and below both lines is better than either."
@@ -68,11 +69,15 @@ def draw_errors(axes: Axes, x: list[float], errors: list[dict], label: str, numb
     axes.errorbar(x, means, bars, fmt=f"o{line}", markersize=4, label=label, color=look(number)["color"], capsize=2)
 
 
-def seed_scores(found: dict, endpoint: str) -> Figure:
-    """A row for each joint arm and each control."""
+def scored_arms(found: dict, endpoint: str) -> list[tuple[str, dict]]:
+    """[(arm, its score)] of the joint arms and the controls that have one yet."""
     rows = [(name, joint["directions"].get(endpoint)) for name, joint in found["joint"].items()]
     rows += [(row["arm"], row["score"]) for row in found["controls"] if row["endpoint"] == endpoint]
-    rows = [(name, row) for name, row in rows if row]
+    return [(name, row) for name, row in rows if row]
+
+
+def seed_scores(endpoint: str, rows: list[tuple[str, dict]]) -> Figure:
+    """A row for each arm."""
     size = 4.2, 0.9 + 0.32 * len(rows)
     figure, axes = new_axes(f"{endpoint}: s per seed", "log(error alone / error together)", size=size)
     axes.axvline(0, color=SOFT, linewidth=0.8)
