@@ -59,7 +59,7 @@ def comparison(place: Path, **changes) -> dict:
             "pixels": {
                 "about": "as they are",
                 "latent": {"name": "pixels", "image_size": 16, "patch": 4},
-                "stages": {stage: {"cache.dir": str(place / "cache-pixels")} for stage in ("recon", "gen", "und")},
+                "stages": {"und": {"und": {"limit": 15}}},
             },
             "vae": {"latent": VAE_LATENT},
         },
@@ -167,7 +167,7 @@ def test_later_stages_read_what_the_first_has_made(tmp_path, declared):
     recon, cache = str(job.folder / "recon"), str(job.folder / "cache")
     frozen, trained, complete = (chained(job, kind) for kind in ("frozen", "trained", "complete"))
     assert frozen["gen"]["gen.decoder"] == recon and frozen["recon"]["recon.decoder.width"] == 16
-    assert "latent.weights" not in frozen["und"] and frozen["und"]["cache.dir"] == str(tmp_path / "cache")
+    assert "latent.weights" not in frozen["und"] and frozen["und"]["cache.dir"] == str(tmp_path / "cache" / "patches")
     assert trained["gen"]["latent.weights"] == trained["und"]["latent.weights"] == recon
     assert trained["recon"]["cache.dir"] is None and trained["gen"]["cache.dir"] == cache
     assert "gen.decoder" not in trained["gen"] and "gen.decoder" not in complete["gen"]
@@ -287,7 +287,7 @@ def test_the_report_is_whole_and_says_what_it_does_not_show(tmp_path, declared):
     text = (folder / "report" / "report.md").read_text()
     for title in ("The table", "What it shows, and what not", "What it cost", "Settings of single spaces", "Per seed"):
         assert f"## {title}" in text
-    assert "| pixels | gen | cache.dir |" in text
+    assert "| pixels | und | und.limit | 15 |" in text
     names = {"columns.png", "trade-off.png", "report.json", "report.html"}
     assert names <= {file.name for file in (folder / "report").iterdir()}
     assert json.loads((folder / "report" / "report.json").read_text())["runs"] == {

@@ -85,7 +85,8 @@ def perform_space(judge: Judge | None, job: Job) -> None:
     from umm.build import build_space
 
     configs = {stage: configuration(stage, given, f"'{job.group}'") for stage, given in job.settings.items()}
-    kind = kind_of(build_space(configs[STAGES[0]].latent))
+    space = build_space(configs[STAGES[0]].latent)
+    kind, facts = kind_of(space), facts_of(space, configs.get("gen"))
     stages = chained(job, kind)
     order = [STAGES[0], ENCODING] if kind == "trained" else [ENCODING, STAGES[0]]
     for stage in [*order, *(stage for stage in stages if stage != STAGES[0])]:
@@ -93,15 +94,14 @@ def perform_space(judge: Judge | None, job: Job) -> None:
         if one.done:
             continue
         if stage == ENCODING:
-            encode(one, {name: given for name, given in stages.items() if kind != "trained" or name != STAGES[0]})
+            encode(one, stages, facts["flops"])
         else:
             own = as_it_is if kind == "complete" and stage == STAGES[0] else train_and_judge
             perform(judge or own, one)
     found = {stage: json.loads((job.folder / stage / RESULT).read_text()) for stage in [*order, *stages]}
     rows = [row | {"part": stage} for stage in stages for row in found[stage]["rows"]]
     costs = {stage: one["costs"] for stage, one in found.items()}
-    facts = {"kind": kind, "space": found[ENCODING]["rows"][0], "commit": commit(), "finished": now()}
-    keep(job, rows, costs, facts)
+    keep(job, rows, costs, {"kind": kind, "space": facts, "commit": commit(), "finished": now()})
     shutil.rmtree(job.folder / CACHE, ignore_errors=True)
 
 
@@ -119,6 +119,8 @@ def chained(job: Job, kind: str) -> dict[str, Settings]:
     recon, stages = job.folder / STAGES[0], {}
     for stage, given in job.settings.items():
         mine = given | {"run": str(job.folder / stage), "seed": job.seed}
+        if given.get("cache.dir") not in (None, "auto"):
+            mine["cache.dir"] = str(Path(given["cache.dir"]) / job.group)
         if stage == STAGES[0] and kind != "frozen":  # the space's own decoder is what is trained or judged
             mine = {key: value for key, value in mine.items() if not key.startswith("recon.decoder.")}
         if stage == STAGES[0] and kind == "trained":
@@ -132,22 +134,23 @@ def chained(job: Job, kind: str) -> dict[str, Settings]:
     return stages
 
 
-def encode(job: Job, stages: dict[str, Settings]) -> None:
-    """Fill the caches that the stages read, and write down what the space is like and what encoding costs.
+def encode(job: Job, stages: dict[str, Settings], flops: int) -> None:
+    """Fill the caches that the stages read, and write down what it cost: where nothing of them was there before.
 
-    Costs are those of caches that were not there: all seeds of a space that is not trained here share theirs.
+    All seeds of a space that is not trained here share theirs. `flops`: of a picture.
     """
     from accelerate import Accelerator
 
     from umm.build import build_space, cache_folder, open_cache, open_source
 
-    timer, caches, facts = Timer(), {}, {}
+    timer, caches = Timer(), {}
     for stage, given in stages.items():
         config = configuration(stage, given, f"'{job.group}'")
+        if config.cache.dir is None:
+            continue
         accelerator = Accelerator(cpu=config.train.device == "cpu")
         space = build_space(config.latent).to(accelerator.device)
-        facts |= facts_of(space, config)
-        read = ["train"] * (config.cache.dir is not None) + [config.eval.split] * bool(config.eval.cached)
+        read = ["train", *([config.eval.split] if config.eval.cached else [])]
         for source in (open_source(config, split) for split in read):
             folder = cache_folder(config, space, source)
             if folder not in caches:
@@ -156,12 +159,12 @@ def encode(job: Job, stages: dict[str, Settings]) -> None:
                 caches[folder] = 0 if begun else len(made)
     costs, images = {}, sum(caches.values())
     if caches and all(caches.values()):
-        costs = timer.costs() | {"images": images, "flops": images * facts["flops"]}
-    keep(job, [facts], costs, {"finished": now()})
+        costs = timer.costs() | {"images": images, "flops": images * flops}
+    keep(job, [], costs, {"finished": now()})
 
 
-def facts_of(space: LatentSpace, config: DictConfig) -> dict[str, Any]:
-    """Shape, parameters, operations to encode a picture, and whether the generator is too narrow for it."""
+def facts_of(space: LatentSpace, gen: DictConfig | None) -> dict[str, Any]:
+    """Shape, parameters, operations to encode a picture, and what a generator that is too narrow for it warns of."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,7 +176,7 @@ def facts_of(space: LatentSpace, config: DictConfig) -> dict[str, Any]:
         space.raw(images)
     found = {"shape": list(spec.shape), "parameters": sum(p.numel() for p in space.parameters())}
     found |= {"flops": counter.get_total_flops() // FEW}
-    return found | ({"warning": too_narrow(config.gen.dit, spec)} if "gen" in config else {})
+    return found | {"warning": too_narrow(gen.gen.dit, spec) if gen is not None else None}
 
 
 def as_it_is(config: DictConfig) -> tuple[list[dict], dict[str, float]]:
