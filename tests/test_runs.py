@@ -58,6 +58,21 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default(tmp_path):
         Run(tmp_path).check_same(config)
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_mended_settings(tmp_path):
+    def config(block: int):
+        settings = ["data.name=fakes.shades", "latent.name=fakes.space", f"und.block={block}"]
+        return load("und", None, [f"run={tmp_path / 'run'}", *settings])
+
+    for block in (9, 1):  # the first one is refused once its folder is made: there is no such block
+        run = Run.create(config(block))
+        (run.folder / "stats.safetensors").write_text(f"of {block}")
+    assert Run.create(config(1)).config.und.block == 1
+    assert (tmp_path / "run" / "stats.safetensors").read_text() == "of 1" and "resumed" in run.facts
+    run.log({"step": 1})
+    with pytest.raises(ConfigError, match=r"'und.block' was 1 and is 2"):
+        Run.create(config(2))
+
+
 def test_without_a_pointer_the_newest_checkpoint_counts(tmp_path):
     """A kill between the first checkpoint and the pointer to it loses nothing."""
     run = saved(tmp_path, 2, 4)

@@ -52,6 +52,8 @@ class Run:
         with writing(run.folder, "the run folder"):
             (run.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock(run.folder)
+        if run.config_file.exists() and not run.begun and first_difference(run.config_now, config, MAY_CHANGE):
+            run.forget()
         if run.config_file.exists():
             run.check_same(config)
             run.note(resumed=now())
@@ -82,6 +84,16 @@ class Run:
             return combine(saved.task, [(str(self.config_file), saved)])
         except UmmError:  # it has settings that are no more
             return saved
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to go on with: a run that failed before its first step has nothing."""
+        return (self.folder / "log.jsonl").exists() or bool(self.checkpoints()) or (self.folder / "model").exists()
+
+    def forget(self) -> None:
+        """Drop what is written before the first step, so that a run with mended settings can begin."""
+        for name in ("config.yaml", "run.json", "stats.safetensors"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def check_same(self, config: DictConfig) -> None:
         difference = first_difference(self.config_now, config, ignore=MAY_CHANGE)
