@@ -84,3 +84,21 @@ def test_a_damaged_run_folder_is_one_sentence(tmp_path):
         result = CliRunner().invoke(cli, ["eval", str(tmp_path)])
         assert result.exit_code == 2 and "config.yaml cannot be read" in result.output
         assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments,labels",
+    [([], "balanced"), (["--labels", "random"], "random"), (["--labels", "0,heart"], ["0", "heart"]),
+     (["--labels", "balanced,0"], ["balanced", "0"]), (["--class", "random"], ["random"]), (["--class", ""], [""])],
+)  # fmt: skip
+def test_classes_to_sample_are_taken_as_they_are_said(arguments, labels, monkeypatch):
+    asked = []
+    monkeypatch.setattr("umm.sample_run.sample_run", lambda run, request: asked.append(request.labels) or "")
+    assert CliRunner().invoke(cli, ["sample", "runs/x", *arguments]).exit_code == 0
+    assert asked == [labels]
+
+
+@pytest.mark.parametrize("arguments", [["--num", "0"], ["--steps", "0"], ["--labels", "0", "--class", "1"]])
+def test_nothing_to_sample_is_refused(arguments):
+    result = CliRunner().invoke(cli, ["sample", "runs/x", *arguments])
+    assert result.exit_code == 2 and "Error:" in result.output

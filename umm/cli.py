@@ -142,13 +142,13 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
 
 @cli.command()
 @click.argument("run")
-@click.option("--num", default=64, show_default=True, help="Pictures.")
+@click.option("--num", default=64, type=click.IntRange(1), show_default=True, help="Pictures.")
 @click.option("--labels", help="balanced, random, or classes in turn, e.g. 0,3,heart [default: balanced].")
 @click.option("--class", "class_name", metavar="NAME", help="All pictures of one class, by name or number.")
 @click.option("--seed", default=0, show_default=True, help="Picture i is a function of seed, i and its label.")
 @click.option("--checkpoint", type=int, multiple=True, help="Step of a checkpoint [default: the finished model].")
 @click.option("--guidance", type=float, multiple=True, help="Guidance scale; 1 is none.")
-@click.option("--steps", type=int, multiple=True, help="Steps of the sampler.")
+@click.option("--steps", type=click.IntRange(1), multiple=True, help="Steps of the sampler.")
 @click.option("--method", type=click.Choice(["euler", "heun", "sde"]), help="Sampler.")
 @click.option("--npz", metavar="FILE", help="All pictures as the ADM evaluator reads them, and their labels.")
 @click.option("--out", default="samples.png", show_default=True, help="The picture grid to write.")
@@ -158,17 +158,20 @@ def sample(run: str, labels: str | None, class_name: str | None, checkpoint, gui
     --checkpoint, --guidance and --steps may be given several times: each combination is drawn and its distance to the
     real pictures measured, as a table and a plot.
 
-    
+    \b
     umm sample runs/tiny-gen --num 72 --guidance 2 --out shapes.png
     umm sample runs/tiny-gen --num 1000 --guidance 1 --guidance 2 --guidance 3
     umm sample runs/gen --num 50000 --npz samples.npz
     """
     from umm.sample_run import Request, sample_run
 
-    if labels and class_name:
+    if labels is not None and class_name is not None:
         raise click.UsageError("--labels and --class exclude each other.")
-    listed = [class_name] if class_name else (labels or "balanced").split(",")
-    chosen = listed[0] if listed[0] in ("balanced", "random") and not class_name else listed
+    chosen = "balanced" if labels is None else labels
+    if class_name is not None:
+        chosen = [class_name]
+    elif chosen not in ("balanced", "random"):
+        chosen = chosen.split(",")
     sweeps = {"checkpoints": checkpoint, "guidance": guidance, "steps": steps}
     click.echo(sample_run(run, Request(labels=chosen, **sweeps, **rest)))
 

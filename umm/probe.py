@@ -17,7 +17,12 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Print shapes, cos
 @click.group(cls=Group, context_settings=CONTEXT)
 @click.option("--debug", is_flag=True, help="Show the whole trace of an error.")
 def probe(debug: bool) -> None:
-    """What a latent space, an encoder or a trained trunk knows: classes, segments, answers."""
+    """What a latent space, an encoder or a trained trunk knows: classes, segments, answers.
+
+    \b
+    python -m umm.probe classify dinov2 --config configs/tiny/und.yaml --features latent,cls --methods linear,knn
+    python -m umm.probe vqa dinov2 --config configs/tiny/und_vqa.yaml --limit 400
+    """
 
 
 @probe.command()
@@ -50,7 +55,7 @@ def classify(targets, features: str, methods: str, config_file: str | None, out:
 @probe.command()
 @click.argument("target")
 @config_option
-@click.option("--out", default="runs/vqa", show_default=True, help="Folder for results.json and samples.jsonl.")
+@click.option("--out", default="runs/vqa", show_default=True, help="Folder for results.json, samples.jsonl, the run.")
 @limit_option
 @dry_run_option
 @overrides_argument
@@ -58,7 +63,7 @@ def vqa(target: str, config_file: str | None, out: str, limit: int | None, dry_r
     """Answer questions about pictures, beside a blind baseline that sees the questions only.
 
     \b
-    python -m umm.probe vqa dinov2 --config configs/tiny/und.yaml
+    python -m umm.probe vqa dinov2 --config configs/tiny/und_vqa.yaml
     """
     from umm.questions import probe_vqa
 
