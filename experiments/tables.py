@@ -90,10 +90,26 @@ def diagnose() -> str:
     return table(["standardised latents", "channels", *columns], rows)
 
 
+def best_of() -> str:
+    found = result("tiny-best-of")
+    last = {row["judge"]: row for row in found["rows"] if row["size"] == found["pool"]}
+    rows = []
+    for judge, row in last.items():
+        real = found["accuracy"].get(judge)
+        closed = row["gap_closed"]
+        rows.append([judge, "" if real is None else f"{real:.2f}", interval(row["agreement"])])
+        rows[-1] += ["" if judge == "random" else interval(row["gain"])]
+        rows[-1] += ["" if judge in ("random", "oracle") else interval(closed, 0, 100) + " %"]
+        rows[-1] += [f"{100 * found['sets'][judge]['spread_change']['value']:+.0f} %" if judge != "random" else ""]
+        rows[-1] += [f"{found['costs'][judge]['flops'] / 1e6:,.1f}"]
+    head = ["judge", "right on real", f"best of {found['pool']}", "over random", "of the oracle's gain", "spread"]
+    return table([*head, "MFLOP a candidate"], rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, planted, diagnose)}
+TABLES = {made.__name__: made for made in (recon, planted, best_of, diagnose)}
 
 
 def rewritten(text: str) -> str:
