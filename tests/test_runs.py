@@ -49,7 +49,7 @@ def test_a_run_taken_back_to_an_earlier_checkpoint_keeps_what_it_saves_next(tmp_
 
 def test_a_run_older_than_a_setting_goes_on_with_its_default(tmp_path):
     config = load("joint", None, [f"run={tmp_path}", "data.name=fakes.shades", "latent.name=fakes.space"])
-    older = config.copy()
+    older = OmegaConf.create(OmegaConf.to_container(config))
     del older.joint["adapter"], older.recon["l1"]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(older))
     Run(tmp_path).check_same(config)
