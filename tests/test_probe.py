@@ -284,7 +284,7 @@ def test_an_interrupted_command_goes_on_and_ends_equal(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")
     with (tmp_path / "stopped" / "samples.jsonl").open("a") as file:
-        file.write('{"task": "pixels/linear", "doc_id": 0}\n{"task": "pix')  # of the probe that was cut off
+        file.write('{"task": "pixels/linear", "doc_id": 0}\n{"task": "p", "doc": {"id": 1}')  # of a probe cut off
     run(tmp_path / "stopped")
     assert calls[3:] == calls[2:3] + calls[4:], "finished probes are not repeated"
     notes = [json.loads((tmp_path / name / "results.json").read_text())["notes"] for name in ("whole", "stopped")]
@@ -328,6 +328,7 @@ def test_limit_takes_fewer_pictures_and_says_what_that_means(tmp_path):
         (["probe.holdout=0"], r"probe\.holdout=0"),
         (["probe.rates=[]"], r"probe\.rates is empty"),
         (["probe.batch_size=0"], r"'probe\.batch_size' .* must be at least 1"),
+        (["und.reader=attentive"], r"'und\.reader=attentive' would be ignored: classify reads seed, data"),
         (["data.image_size=20"], r"data.image_size=20 but latent.image_size=16"),
     ],
 )
@@ -424,6 +425,13 @@ def test_compare_refuses_other_items_and_unknown_tasks(tmp_path):
         file.write('{"task": "late')
     with pytest.raises(UmmError, match="was cut off: give the command"):
         compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    for text, match in (("", "is empty: give the command"), ('{"score": 1}\n', "are no samples of")):
+        (tmp_path / "b" / "samples.jsonl").write_text(text)
+        with pytest.raises(UmmError, match=match):
+            compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    (tmp_path / "b" / "results.json").write_text("{")
+    with pytest.raises(UmmError, match=r"results.json cannot be read .*--out another folder"):
+        run(tmp_path / "b", methods="knn", limit=60)
 
 
 def test_the_command_line_prints_one_line_for_an_error(tmp_path):

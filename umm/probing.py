@@ -40,6 +40,7 @@ ANCHORS = {
 ANCHOR_TOLERANCE = {"linear": 0.5, "knn": 0.3}  # percent; the published linear probe sees augmented pictures
 IMAGENET_SIZES = (1_281_167, 50_000, 1000)  # training pictures, test pictures, classes
 RESAMPLES = 1000  # for the interval of mIoU
+READS = ("seed", "data", "latent", "cache", "probe", "train.device", "train.workers")  # settings that count here
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -60,6 +61,7 @@ def probe_classes(
     wanted = [features.parse(text) for text in addresses.split(",")]
     names = [str(target) for target in targets] or [None]
     subjects = [open_subject(name, file, overrides, Path(out), limit) for name in names]
+    refuse_ignored(overrides)
     for setting in ("subsets", "rates", "token_rates"):
         if not subjects[0].config.probe[setting]:
             raise ConfigError(f"probe.{setting} is empty: give it at least one value.")
@@ -73,6 +75,14 @@ def probe_classes(
             probe_address(subject, address, chosen, results, several=len(subjects) > 1)
     results.write()
     return results.table()
+
+
+def refuse_ignored(overrides: Sequence[str]) -> None:
+    """Raise for a setting that changes nothing here: probes take of `und` and `train` nearly nothing."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in READS):
+            raise ConfigError(f"'{text}' would be ignored: classify reads {', '.join(READS)}.")
 
 
 def parse_methods(text: str) -> list[str]:
@@ -308,5 +318,3 @@ def first_row(item: dict, classes: list[str] | None) -> list[str]:
             value = f"{value} ({classes[value]})"
         lines.append(f"  {key}: {value}")
     return lines
-
-

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from umm.build import build_space, open_source
 from umm.data.base import Question
+from umm.errors import ConfigError
 from umm.evaluate import run_config
 from umm.heads._answering import AnsweringHead
 from umm.metrics._vqa import raters
@@ -46,6 +47,10 @@ def probe_vqa(
     """
     run = Run(target) if Path(target).is_dir() else None
     trained = run is not None and run.config.task == "und" and run.config.und.kind != "classify"
+    if trained and file:
+        raise ConfigError(f"--config {file} says how to train, and {target} is trained: leave it out.")
+    if any(text.startswith("run=") for text in overrides):
+        raise ConfigError(f"run=... would be ignored: this command trains in {Path(out) / 'run'}, give --out.")
     config = trained_config(run, overrides, limit) if trained else new_config(target, run, file, overrides, out, limit)
     if dry_run:
         return plan(config)
@@ -70,14 +75,19 @@ def new_config(
     limited = [f"data.limit={limit}"] if limit else []
     config = subject_config(target, run, file, [*overrides, *limited])
     config.und.kind = "vqa" if config.und.kind == "classify" else config.und.kind
-    config.run, config.eval.split = str(Path(out) / "run"), config.probe.split
-    return config
+    config.run = str(Path(out) / "run")
+    return asked_on(config, overrides)
 
 
 def trained_config(run: Run, overrides: Sequence[str], limit: int | None) -> DictConfig:
     """Of a run that answers questions already."""
-    config = run_config(run, [*overrides, *([f"eval.images={limit}"] if limit else [])])
-    config.eval.split = config.probe.split
+    return asked_on(run_config(run, [*overrides, *([f"eval.images={limit}"] if limit else [])]), overrides)
+
+
+def asked_on(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The split of probes, unless the command line names one for evaluation."""
+    if not any(text.startswith("eval.split=") for text in overrides):
+        config.eval.split = config.probe.split
     return config
 
 
@@ -88,7 +98,8 @@ def write(
     heads, pictures = answering_heads(model), len({one.image for one in answered})
     for note in notes(answered, model):
         results.note(note)
-    for number in numbers_of(answered):
+    numbers = numbers_of(answered)
+    for place, number in enumerate(numbers, start=1):
         task = f"{number.head}/{number.kind}" if number.kind else number.head
         row = {"task": task, "method": number.head, "metric": number.metric}
         row |= measured(number, config.seed, config.eval.bootstrap)
@@ -97,7 +108,7 @@ def write(
             flops = cost(heads[number.head], [one.question for one in answered[:64]])  # of one question
             asked = 3 * trained_on * len(answered) / pictures + len(answered)  # a backward pass costs two forward ones
             row |= {"seconds": round(seconds / len(heads), 3), "flops": flops * asked, "images": trained_on}
-        results.add(row, sample_lines(answered, number.head) if whole else ())
+        results.add(row, sample_lines(answered, number.head) if whole else (), more=place < len(numbers))
 
 
 def sample_lines(answered: list[Answered], head: str) -> Iterator[dict]:

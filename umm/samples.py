@@ -7,6 +7,7 @@ A *task* is one line of the table, e.g. `latent/linear`. A sample is one item of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from umm.errors import ConfigError, UmmError, nearest
 from umm.paired import Comparison, compare
 from umm.rng import derive_seed
-from umm.runs import now, provenance, write_atomic, writing
+from umm.runs import now, provenance, reading, write_atomic, writing
 
 COLUMNS = {"target": "of", "address": "features", "method": "probe", "subset": "trained on", "metric": "metric"}
 
@@ -62,7 +63,7 @@ class Results:
         self.rows: list[dict] = []
         self.notes: list[str] = []
         if self.file.exists():
-            self._resume(json.loads(self.file.read_text()))
+            self._resume()
         self._rewrite_samples()
 
     @property
@@ -73,20 +74,23 @@ class Results:
     def samples_file(self) -> Path:
         return self.folder / "samples.jsonl"
 
-    def _resume(self, old: dict) -> None:
-        if old["config_hash"] != self.facts["config_hash"]:
+    def _resume(self) -> None:
+        with reading(self.file, "delete it, or give --out another folder"):
+            old = json.loads(self.file.read_text())
+            found, self.rows, self.notes = old["config_hash"], old["rows"], old["notes"]
+        if found != self.facts["config_hash"]:
             raise ConfigError(
                 f"{self.folder} holds results of another command or configuration: give --out another folder, or "
                 "delete it."
             )
-        self.rows, self.notes = old["rows"], old["notes"]
 
     def _rewrite_samples(self) -> None:
-        """Keep the samples of finished tasks only."""
+        """Keep the samples of finished tasks only; a line cut off by a kill belongs to none."""
         if self.samples_file.exists():
-            done = {row["task"] for row in self.rows}
-            lines = (line for line in self.samples_file.read_text().splitlines() if line.endswith("}"))
-            kept = [line for line in lines if json.loads(line)["task"] in done]
+            done, kept = {row["task"] for row in self.rows}, []
+            for line in self.samples_file.read_text(errors="replace").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    kept += [line] if json.loads(line)["task"] in done else []
             write_atomic(self.samples_file, "".join(line + "\n" for line in kept))
 
     def has(self, task: str) -> bool:
@@ -98,12 +102,17 @@ class Results:
         if text not in self.notes:
             self.notes.append(text)
 
-    def add(self, row: dict, samples: Iterable[dict]) -> None:
-        """Write a finished task: its line of the table (task, metric, value, low, high, n, ...) and its items."""
+    def add(self, row: dict, samples: Iterable[dict], more: bool = False) -> None:
+        """Write a finished task: its line of the table (task, metric, value, low, high, n, ...) and its items.
+
+        Args:
+            more: lines that belong together with this one follow; all count as finished with the last of them.
+        """
         with writing(self.folder, "samples.jsonl"), self.samples_file.open("a") as out:
             out.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in samples)
         self.rows.append(row)
-        self.write()
+        if not more:
+            self.write()
 
     def write(self) -> None:
         container = OmegaConf.to_container(self.config, resolve=True)
@@ -141,12 +150,16 @@ def read_samples(place: str) -> dict[str, dict[str, dict]]:
     if not file.exists():
         raise UmmError(f"there is no {file}: give the --out folder of a probe, e.g. runs/probe, or runs/probe#TASK.")
     tasks: dict[str, dict[str, dict]] = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             one = json.loads(line)
+            tasks.setdefault(one["task"], {})[one["doc"]["id"]] = one
         except json.JSONDecodeError as error:
             raise UmmError(f"{file} was cut off: give the command that wrote it again, and it goes on.") from error
-        tasks.setdefault(one["task"], {})[one["doc"]["id"]] = one
+        except (KeyError, TypeError) as error:
+            raise UmmError(f"{file} has lines that are no samples of python -m umm.probe: '{line[:60]}'.") from error
+    if not tasks:
+        raise UmmError(f"{file} is empty: give the command that wrote it again, and it goes on.")
     if task and task not in tasks:
         raise UmmError(f"{folder} has no task '{task}'.{nearest(task, tasks)} It has: {', '.join(tasks)}.")
     return {task: tasks[task]} if task else tasks
