@@ -120,6 +120,7 @@ class Und(Task):
         few = self.settings.limit is not None or self.config.data.limit is not None
         if self.config.cache.dir is not None and not few:
             labels = data.select("label").batch(range(len(data)))["label"]
+            require_known(labels, self.classes, self.config.data.name)
             empty = [name for name, n in zip(self.classes, labels.bincount(minlength=len(self.classes))) if not n]
             if empty:
                 raise DataError(
@@ -146,13 +147,9 @@ class Und(Task):
                 f"the pictures of '{self.config.data.name}' have no labels: name the column with "
                 "data.columns={label: ...}."
             )
-        labels = batch["label"]
-        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
-            raise DataError(
-                f"the label {int(labels.max())} is outside the {len(self.classes)} classes of "
-                f"'{self.config.data.name}': its labels must count from 0, in the order of its classes."
-            )
-        return labels
+        if batch["label"].device.type == "cpu":  # elsewhere to look at them is to wait for them
+            require_known(batch["label"], self.classes, self.config.data.name)
+        return batch["label"]
 
     # ------------------------------------------------------------------------------------------------------- results
 
@@ -181,7 +178,7 @@ class Und(Task):
 
         Raises:
             MissingHead: the model cannot classify.
-            DataError: the pictures have no labels, or other classes than the model.
+            DataError: the pictures have no labels, or others than the model knows.
         """
         if config.und.kind != "classify":
             return Answering.evaluate(model, config, accelerator)
@@ -193,6 +190,7 @@ class Und(Task):
         with Progress(total, enabled=accelerator.is_main_process, what="judging") as progress:
             for indices in share_of(total, accelerator, config.eval.batch_size):
                 batch = collate([labelled(source[i]) for i in indices])
+                require_known(batch["label"], classes, config.data.name)
                 pictures = {key: to_device(value, accelerator.device) for key, value in batch.items()}
                 guess = model.class_logits(model.latents_of(pictures)).argmax(1)
                 answers += zip(batch["id"], batch["label"].tolist(), guess.tolist())
@@ -200,6 +198,16 @@ class Und(Task):
         if accelerator.num_processes > 1:
             answers = gather_object(answers)
         return class_records(answers, classes)
+
+
+def require_known(labels: Tensor, classes: list[str], data: str) -> None:
+    """Raise for a label (B,) that is none of the classes."""
+    wrong = labels[(labels < 0) | (labels >= len(classes))]
+    if len(wrong):
+        raise DataError(
+            f"the label {int(wrong[0])} is outside the {len(classes)} classes of '{data}': its labels must count from "
+            "0, in the order of its classes."
+        )
 
 
 def check_classes(source: DataSource, classes: list[str]) -> None:

@@ -16,7 +16,7 @@ from umm.errors import DataError, MissingHead, UmmError
 from umm.evaluate import evaluate_run
 from umm.heads.dit import DiT
 from umm.runs import Run
-from umm.tasks.und import Und, class_records, read_parts
+from umm.tasks.und import Und, class_records, read_parts, require_known
 from umm.train import train
 
 TRUNK = """
@@ -165,6 +165,7 @@ def test_without_a_cache_the_encoder_runs_in_the_loop(settings):
         (["data.labels=false"], r"no 'label'"),
         (["data.labels=false", "cache.dir=null"], r"have no labels.*data\.columns"),
         (["data.bad_label=4"], r"label 7 is outside the 3 classes"),
+        (["und.time=1.5", "und.train=trunk"], r"'und\.time' .* must be from 0 to 1"),
         ([*TRUNK, "und.block=3"], r"und\.block=3: this trunk has blocks 0 to 2"),
         (["und.reader=attentive", "und.attentive.heads=5"], r"attentive\.heads=5 does not divide"),
     ],
@@ -172,6 +173,20 @@ def test_without_a_cache_the_encoder_runs_in_the_loop(settings):
 def test_bad_input_is_one_sentence(settings, changes, match):
     with pytest.raises(UmmError, match=match):
         trained(settings, *changes)
+
+
+def test_a_label_outside_the_classes_is_named_wherever_it_is_met():
+    for labels, wrong in (([0, 3], 3), ([2, -1, 0], -1)):
+        with pytest.raises(DataError, match=f"label {wrong} is outside the 3 classes of 'mine'"):
+            require_known(torch.tensor(labels), ["a", "b", "c"], "mine")
+    require_known(torch.tensor([0, 2]), ["a", "b", "c"], "mine")
+
+
+def test_labels_outside_the_classes_are_refused_in_evaluation(settings, monkeypatch):
+    run = trained(settings, "train.images=16")
+    monkeypatch.setattr("umm.tasks.und.labelled", lambda item: item | {"label": -1})
+    with pytest.raises(DataError, match="label -1 is outside the 3 classes"):
+        evaluate_run(str(run.folder))
 
 
 def test_data_without_classes_is_refused(settings):
