@@ -107,10 +107,11 @@ class Answering(Task):
         images = to_device(collate([{"image": item["image"]} for item in items])["image"], device)
         latents, lines = self.space.encode(images), []
         for item, latent in zip(items, latents):
-            texts = [question.text for question in item["questions"]]
+            questions = item.get("questions") or []
+            texts = [question.text for question in questions]
             where = torch.zeros(len(texts), dtype=torch.long)
             answers = modules[self.kind].answer(latent[None], texts, where) if texts else []
-            lines += [f"{item['id']}: {q.text} {found} ({q.answer})" for q, found in zip(item["questions"], answers)]
+            lines += [f"{item['id']}: {q.text} {found} ({q.answer})" for q, found in zip(questions, answers)]
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file.with_suffix(".txt"), "\n".join(lines) + "\n")
 

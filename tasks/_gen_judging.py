@@ -103,7 +103,10 @@ class Exam:
         for store in judges.stores.values():
             store.keep_rows = True  # probe and nearest neighbours read them
         if not self.model.can_decode:
-            judges.notes.append("no pictures were judged: the model has no decoder, train with gen.decoder=<run>.")
+            judges.notes.append(
+                "no pictures were judged: the model has no decoder, give its umm train command again with "
+                "gen.decoder=<run>."
+            )
         self.space = LatentFeatures(self.model)
         judges.stores["latents"] = FeatureStore(self.space)
         return judges

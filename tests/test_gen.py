@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import umm
 from umm import flow
 from umm.config import load
-from umm.errors import ConfigError, DataError, UmmError
+from umm.errors import ConfigError, DataError, MissingHead, UmmError
 from umm.evaluate import evaluate_run
 from umm.heads.dit import DiT
 from umm.latents.base import LatentSpec
@@ -402,6 +402,17 @@ def test_samples_are_judged_beside_as_many_real_pictures(drawn):
     facts = result["fingerprints"]["fd@pixels"]
     assert facts["samples"] == facts["n_real"] == facts["n_fake"] == 37 and facts["labels"] == "balanced"
     assert facts["sampler"]["steps"] == 4 and facts["evaluations"] == 4 and facts["reference_split"] == "val"
+
+
+def test_a_finished_run_is_given_a_decoder_by_the_same_command(settings, decoder):
+    run = run_of(settings)
+    model = umm.load(run.folder)
+    with pytest.raises(MissingHead, match=r"again with gen\.decoder="):
+        model.sample(num=2)
+    run_of(settings, **{"gen.decoder": decoder})
+    drawing = umm.load(run.folder)
+    assert drawing.sample(num=2).shape == (2, 3, 16, 16)
+    assert torch.equal(drawing.sample_latents(num=2), model.sample_latents(num=2))
 
 
 def test_without_a_decoder_the_latents_are_judged(settings):

@@ -17,7 +17,7 @@ from umm.data.base import Question
 from umm.errors import ConfigError, DataError, MissingHead, UmmError
 from umm.evaluate import evaluate_run
 from umm.probe import probe
-from umm.questions import probe_vqa
+from umm.questions import new_config, probe_vqa
 from umm.runs import Run
 from umm.tasks._answering import Answering, documents, training_texts, vocabulary
 from umm.tasks._answering_judging import Answered, answering_heads, numbers_of
@@ -82,6 +82,10 @@ def test_a_run_trains_answers_and_is_judged_beside_its_blind_twin(kind, tmp_path
     assert model.answer(picture.expand(2, -1, -1, -1), ["Is there a circle?", "How many objects are there?"]) == answers
     with pytest.raises(UmmError, match="3 questions about 2 pictures"):
         model.answer(picture.expand(2, -1, -1, -1), ["?"] * 3)
+    assert model.answer(picture, []) == []
+    for wrong in ("Is it red?", [None]):
+        with pytest.raises(UmmError, match="questions are a list of texts"):
+            model.answer(picture, wrong)
 
 
 def test_a_stopped_run_ends_as_one_that_was_not_stopped(tmp_path):
@@ -213,6 +217,28 @@ def test_the_command_trains_asks_writes_and_repeats_its_numbers(tmp_path):
     assert np.mean(mine) == pytest.approx(whole["value"])
     asked = probe_vqa(str(tmp_path / "first" / "run"), None, ["eval.bootstrap=50"], str(tmp_path / "again"))
     assert f"{whole['value']:.4f}" in asked
+    with pytest.raises(ConfigError, match=r"--config und\.yaml says how to train"):
+        probe_vqa(str(tmp_path / "first" / "run"), "und.yaml", [], str(tmp_path / "again"))
+
+
+def test_a_table_that_a_kill_cut_off_is_not_taken_for_whole(tmp_path, monkeypatch):
+    """The score without the blind baseline's beside it would be worse than none."""
+    arguments = ("fakes.space", None, WITHOUT_SPACE, str(tmp_path / "out"), 24)
+    with monkeypatch.context() as patch:
+        patch.setattr("umm.questions.sample_lines", lambda answered, head: killed() if head == "blind" else ())
+        with pytest.raises(KeyboardInterrupt):
+            probe_vqa(*arguments)
+    assert "blind" in probe_vqa(*arguments)
+    assert probe_vqa(*arguments, dry_run=False).count("vqa - blind") > 1
+
+
+def killed():
+    raise KeyboardInterrupt
+
+
+def test_the_split_asked_about_is_that_of_probes_unless_evaluation_names_one():
+    for extra, split in ([], "test"), (["probe.split=val"], "val"), (["eval.split=val"], "val"):
+        assert new_config("fakes.space", None, None, [*WITHOUT_SPACE, *extra], "out", None).eval.split == split
 
 
 def test_a_dry_run_says_shapes_and_cost_and_writes_nothing(tmp_path):
@@ -226,6 +252,8 @@ def test_bad_input_is_one_line(tmp_path):
         train(run_config(tmp_path / "run", "vqa", "data.name=fakes.pictures", shapes=False))
     with pytest.raises(UmmError, match="runs/nothing does not exist"):
         probe_vqa("runs/nothing", None, [], str(tmp_path / "x"))
+    with pytest.raises(ConfigError, match=r"run=\.\.\. would be ignored.*--out"):
+        probe_vqa("fakes.space", None, [*WITHOUT_SPACE, "run=elsewhere"], str(tmp_path / "x"))
     result = CliRunner().invoke(probe, ["vqa", "no_such_space", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2 and result.output.count("\n") == 1 and "no_such_space" in result.output
 

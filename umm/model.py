@@ -98,6 +98,14 @@ class UnifiedModel(nn.Module):
         """Whether latents can become pictures: by a decoder head, or by the space's own."""
         return "decoder" in self.heads or type(self.space).decode is not LatentSpace.decode
 
+    def require_pictures(self) -> None:
+        """Raise where latents cannot become pictures: MissingHead."""
+        if not self.can_decode:
+            raise MissingHead(
+                "this model has no decoder to draw with: give its umm train command again with gen.decoder=<a recon "
+                "run on the same latent space>."
+            )
+
     @torch.no_grad()
     def sample_latents(
         self, labels: Labels = "balanced", num: int | None = None, seed: int = 0, sampler: SamplerSettings | None = None
@@ -122,8 +130,7 @@ class UnifiedModel(nn.Module):
         self, labels: Labels = "balanced", num: int | None = None, seed: int = 0, sampler: SamplerSettings | None = None
     ) -> Tensor:
         """Pictures (num, 3, H, W) in [0, 1] drawn by the `dit` head; arguments as `sample_latents`."""
-        if not self.can_decode:
-            self.head("decoder")
+        self.require_pictures()
         latents = self.sample_latents(labels, num, seed, sampler)
         return torch.cat([sampling.decode(self, part) for part in latents.split(sampling.BATCH)])
 
@@ -144,9 +151,13 @@ class UnifiedModel(nn.Module):
     @torch.no_grad()
     def answer(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """One answer a question: question i is about picture i, or all are about the only picture."""
+        if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
+            raise UmmError(f"questions are a list of texts, e.g. ['Is there a circle?'], got {questions!r}.")
         if len(images) not in (1, len(questions)):
             raise UmmError(f"{len(questions)} questions about {len(images)} pictures: give one each, or one picture.")
         head = self.head("llm" if "llm" in self.heads else "vqa")
+        if not questions:
+            return []
         pictures = torch.zeros(len(questions), dtype=torch.long) if len(images) == 1 else None
         return head.answer(self.encode(images), questions, pictures)
 

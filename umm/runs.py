@@ -31,6 +31,7 @@ from umm.errors import ConfigError, UmmError
 # settings that may change when a run goes on: they do not touch its numbers
 MAY_CHANGE = ("run", "train.workers", "train.log_every", "train.sample_every", "train.save_every", "train.keep")
 MAY_CHANGE += ("train.trackers", "train.evaluate_every", "eval.*", "probe.*")
+MAY_CHANGE += ("gen.decoder",)  # it only draws: a finished generator gets one by its umm train command, given again
 LOCKED: set[Path] = set()  # run folders of this process; its lock files stay open, as closing one gives the lock back
 
 

@@ -139,8 +139,7 @@ def draw(model: UnifiedModel, run: Run, request: Request, arm: Arm, accelerator:
     """The shards of one arm; what is there already stays. Shard k belongs to process k mod their number."""
     sampler = sampler_for(Drawer.of(model).sampler, model, arm, request.method)
     drawer = Drawer.of(model, sampler)
-    if not model.can_decode:
-        model.head("decoder")
+    model.require_pictures()
     shards = Shards(run.folder / "generated", facts_of(model, drawer, request))
     missing = [(k, part) for k, part in plan(request.num) if not shards.has(k, len(part))]
     mine = [(k, part) for k, part in missing if k % accelerator.num_processes == accelerator.process_index]
@@ -331,5 +330,3 @@ def plot(rows: list[dict], distance: str, file: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120)
     return file
-
-
