@@ -1,6 +1,6 @@
-"""The README's tables, made of the JSON files in experiments/results.
+"""The tables of README.md and docs/results.md, made of the JSON files in experiments/results.
 
-    python experiments/tables.py            writes them into README.md
+    python experiments/tables.py            writes them
     python experiments/tables.py --check    says which one differs
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a function of this file.
@@ -16,7 +16,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+FILES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+QUESTIONS = ("attribute", "count", "comparison", "existence", "relation")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -56,6 +57,26 @@ def recon() -> str:
         rows.append([f"`{file}`", seen, f"{psnr['n']:,} {what}", interval(psnr)])
         rows[-1] += [f"{mean['value']:.2f}", f"{untrained['value']:.2f}"]
     return table(["run", "pictures seen", "held out", "PSNR", "mean picture", "untrained decoder"], rows)
+
+
+def probes() -> str:
+    found = {row["task"]: row for row in result("tiny-probe")["rows"]}
+    rows = [
+        [f"`{source}`", *(interval(found[f"{source}/{method}"], 1, 100) for method in ("linear", "knn"))]
+        for source in ("latent", "cls", "patch-mean", "pixels", "random:latent")
+    ]
+    return table(["1,000 test scenes, 900 to learn from", "linear, %", "kNN, %"], rows)
+
+
+def answers() -> str:
+    rows = []
+    for kind, what in (("vqa", "closed head"), ("llm", "language-model adapter")):
+        found = rows_of(result(f"tiny-{kind}"))
+        seen, blind, gain = (found[f"{who} accuracy", ""] for who in (kind, "blind", f"{kind} - blind"))
+        by_type = [found[f"{kind} - blind accuracy on {one}", ""]["value"] for one in QUESTIONS]
+        rows.append([what, f"{100 * seen['value']:.1f}", f"{100 * blind['value']:.1f}", interval(gain, 1, 100)])
+        rows[-1] += [f"{100 * value:+.0f}" for value in by_type]
+    return table(["1,954 questions", "accuracy, %", "blind", "gain", *QUESTIONS], rows)
 
 
 def planted() -> str:
@@ -106,24 +127,36 @@ def best_of() -> str:
     return table([*head, "MFLOP a candidate"], rows)
 
 
+def augment() -> str:
+    found = result("tiny-augment")
+    rows = []
+    for arm, values in found["accuracy"].items():
+        gain = found["differences"].get(arm)
+        rows.append([arm, f"{sum(values) / len(values):.3f}", interval(gain, 3) if gain else ""])
+        rows[-1] += [f"{gain['p']:.3f}" if gain else ""]
+    asked = found["request"]
+    head = f"{asked['shots']} real latents a class and {asked['added']} more that are"
+    return table([head, f"accuracy, mean of {asked['seeds']} seeds", "over duplicated", "p"], rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, planted, best_of, diagnose)}
+TABLES = {made.__name__: made for made in (recon, probes, answers, planted, best_of, diagnose)}
 
 
 def rewritten(text: str) -> str:
-    """A README with its tables made anew."""
+    """The text with its tables made anew."""
     return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", text)
 
 
 def main() -> None:
-    text = README.read_text()
-    if "--check" in sys.argv[1:]:
-        old, new = ({found[2]: found[3] for found in BLOCK.finditer(t)} for t in (text, rewritten(text)))
-        stale = [name for name in old if old[name] != new[name]]
-        raise SystemExit(f"README.md: not what the JSON says: {', '.join(stale)}" if stale else 0)
-    README.write_text(rewritten(text))
+    for file in FILES:
+        text = file.read_text()
+        if "--check" not in sys.argv[1:]:
+            file.write_text(rewritten(text))
+        elif rewritten(text) != text:
+            raise SystemExit(f"{file.name}: its tables are not what the JSON says.")
 
 
 if __name__ == "__main__":
