@@ -95,6 +95,28 @@ def planted() -> str:
     return table(["pair (`experiments/synergy/`), 8 seeds", "s of u", "s of g", "Sigma"], rows)
 
 
+def scenes() -> str:
+    found = result("synergy-shapes")
+    arms = {
+        "alone, half the pictures": ("U-half", "G-half"),
+        "alone": ("U", "G"),
+        "alone, twice the pictures": ("U-2x", "G-2x"),
+        "together": ("J-exposure", "J-exposure"),
+        "together, half the pictures of each": ("J-compute", "J-compute"),
+        "one after the other": ("seq-GU", "seq-UG"),
+        "beside a placebo: shuffled latents, permuted labels": ("U+shuffled", "G+permuted"),
+        "beside itself on other pictures": ("U+U", "G+G"),
+        "beside alignment to the clean latents": (None, "G+distill"),
+        "on an untrained trunk": ("random-trunk", None),
+    }
+    rows = []
+    for what, pair in arms.items():
+        rows.append([what])
+        for arm, side, digits, scale in zip(pair, ("und", "gen"), (1, 3), (100, 1)):
+            rows[-1] += [interval(found["arms"][arm]["endpoints"][side], digits, scale) if arm else ""]
+    return table(["trained", "scenes whose objects are counted right, %", "FD of samples, wavelet space"], rows)
+
+
 def diagnose() -> str:
     columns = {
         "directions in use": ("effective_rank", 0),
@@ -142,7 +164,7 @@ def augment() -> str:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, probes, answers, planted, best_of, diagnose)}
+TABLES = {made.__name__: made for made in (recon, probes, answers, planted, scenes, best_of, diagnose)}
 
 
 def rewritten(text: str) -> str:
