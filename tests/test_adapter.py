@@ -18,6 +18,7 @@ import umm
 from umm.config import load
 from umm.errors import ConfigError, UmmError
 from umm.evaluate import evaluate_run
+from umm.features import latent_facts, standardised
 from umm.heads.adapter import Adapter
 from umm.joint_eval import evaluate_joint
 from umm.latents._adapted import adapted
@@ -236,6 +237,8 @@ def test_a_saved_model_encodes_through_the_averaged_adapter(joint, tmp_path):
     with torch.no_grad():
         assert torch.equal(z, learner.averaged(space.encode(images)))
         assert torch.equal(z, model.latents_of({"latent": space.raw(images)})), "cached latents are adapted when read"
+        assert torch.equal(z, standardised({"image": images}, model.space)), "and so is what probes read"
+        assert latent_facts(model.space)["statistics"] != latent_facts(space)["statistics"]
         assert not torch.allclose(z, space.encode(images), atol=1e-4)
         undone = space.normalizer.undo(z)
         torch.testing.assert_close(model.reconstruct(images), model.head("decoder")(undone).clamp(0, 1))

@@ -30,6 +30,7 @@ from umm.diagnose_plot import plot
 from umm.diagnostics import covariances
 from umm.errors import DataError, UmmError
 from umm.features import latent_facts
+from umm.latents._adapted import adapter_digest
 from umm.latents.base import LatentSpace
 from umm.latents.pca import save_basis
 from umm.loader import to_device
@@ -187,7 +188,9 @@ def measure(request: Request, config: DictConfig, model: UnifiedModel, source: D
         battery.notes.append(f"the features '{judge.name}' are of the encoder's own family: they favour it.")
     facts = {"format": FORMAT, "latent": latent_facts(space), "spec": asdict(space.spec), "data": source.identity()}
     facts |= {"images": len(z), "few": len(few), "seed": config.seed, "features": judge.fingerprint()}
-    if request.split == "train":
+    if request.split == "train" and adapter_digest(space) is not None:
+        battery.notes.append("no pca.safetensors: components of adapted latents are none of the space itself.")
+    elif request.split == "train":
         known = {"images": len(z), "data": facts["data"]}
         save_basis(out / "pca.safetensors", space, covariances(z)[0], **known)
     facts |= {"neighbors": request.neighbors, "run": request.run, "provenance": provenance(config)}
