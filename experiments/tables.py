@@ -164,7 +164,7 @@ def augment() -> str:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, probes, answers, planted, scenes, best_of, diagnose)}
+TABLES = {made.__name__: made for made in (recon, probes, answers, planted, scenes, best_of, augment, diagnose)}
 
 
 def rewritten(text: str) -> str:
