@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from fakes.worlds import world
 from omegaconf import OmegaConf
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -376,6 +377,17 @@ def test_the_report_is_whole(tmp_path, declared):
     assert names <= {file.name for file in (folder / "report").iterdir()} and all(f"({name})" in text for name in names)
     page = (folder / "report" / "report.html").read_text()
     assert page.count("<svg") == 5 and "Both directions are shown" in page
+
+
+def test_the_report_shows_what_the_arms_drew(tmp_path, declared):
+    folder = done(tmp_path, declared)
+    for images, colour in ((32, "white"), (64, "teal")):
+        file = folder / "J" / "seed0" / "samples" / f"{images:09d}-gen.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(file)
+    report(folder)
+    assert Image.open(folder / "report" / "grid-J.png").getpixel((0, 0)) == (0, 128, 128)
+    assert "J with seed 0, after 64 pictures." in (folder / "report" / "report.html").read_text()
 
 
 def test_a_folder_that_is_no_experiment_is_one_sentence(tmp_path):

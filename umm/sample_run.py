@@ -187,10 +187,14 @@ def model_of(run: Run, config: DictConfig, checkpoint: int | None, accelerator: 
     Raises:
         UmmError: the run is of another task, has no such checkpoint, or has not ended.
     """
-    if config.task != "gen":
-        raise UmmError(f"{run.folder} is a {config.task} run: umm sample draws from runs of umm train --task gen.")
+    if config.task not in ("gen", "joint"):
+        raise UmmError(
+            f"{run.folder} is a {config.task} run: umm sample draws from runs of umm train --task gen|joint."
+        )
     if checkpoint is None:
         return UnifiedModel.load(run.folder, accelerator.device)
+    if config.task == "joint":
+        raise UmmError(f"{run.folder} is a joint run, of which only the finished model is drawn from: no --checkpoint.")
     folder = run.folder / "checkpoints" / f"{checkpoint:08d}"
     if not folder.is_dir():
         known = ", ".join(str(int(path.name)) for path in sorted(folder.parent.glob("[0-9]*"))) or "none"

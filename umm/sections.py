@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from umm.runs import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Drawn = dict[str, tuple["Figure", str, str]]  # file name -> figure, caption, what is to be seen
+Drawn = dict[str, tuple["Figure | Path", str, str]]  # file name -> figure or picture file, caption, what is to be seen
 
 
 @dataclass
@@ -33,11 +34,14 @@ def write(out: Path, title: str, lead: str, found: dict, parts: list[Section], d
     out.mkdir(exist_ok=True)
     write_atomic(out / "report.json", json.dumps(found, indent=1))
     for name, (figure, _, _) in drawn.items():
-        with styled():
-            figure.savefig(out / f"{name}.png", dpi=150)
+        if isinstance(figure, Path):
+            shutil.copyfile(figure, out / f"{name}.png")
+        else:
+            with styled():
+                figure.savefig(out / f"{name}.png", dpi=150)
     write_atomic(out / "report.md", markdown(title, parts, drawn))
     page(title, lead, parts, drawn).save(out / "report.html")
-    return f"wrote report.html, report.md, report.json and {len(drawn)} plots in {out}"
+    return f"wrote report.html, report.md, report.json and {len(drawn)} pictures in {out}"
 
 
 def measured(mean: dict | None) -> Measured | None:

@@ -20,10 +20,20 @@ def report(folder: str | Path) -> str:
     folder = Path(folder)
     found = analyse(folder)
     found |= {"verdict": verdict(found), "falsification": falsification(found)}
-    drawn = plots(found)
+    drawn = plots(found) | grids(folder, found)
     lead = "A synergy experiment: do two tasks help each other?"
     wrote = write(folder / "report", found["about"] or folder.name, lead, found, sections(found, drawn), drawn)
     return "\n".join([f"{found['verdict']['title']}.", *found["verdict"]["sentences"], wrote])
+
+
+def grids(folder: Path, found: dict) -> Drawn:
+    """The newest picture grid of every arm with the first seed; runs draw some where `train.sample_every` says so."""
+    drawn, seed = {}, found["declaration"]["seeds"][0]
+    for name in found["arms"]:
+        if files := sorted((folder / name / f"seed{seed}" / "samples").glob("*.png")):
+            words = f"{name} with seed {seed}, after {int(files[-1].stem.partition('-')[0]):,} pictures."
+            drawn[f"grid-{name}"] = files[-1], words, f"picture grid drawn by {name}"
+    return drawn
 
 
 def sections(found: dict, drawn: Drawn) -> list[Section]:
@@ -40,11 +50,12 @@ def sections(found: dict, drawn: Drawn) -> list[Section]:
         Section("All loss weights", [], front_rows(found), "Best: no other weight is better in both errors.", fronts),
         Section("What would refute it", [], found["falsification"], "Each way to be wrong, and how the claim fared."),
         Section("Exploratory", [], exploratory_rows(found), "Not the question asked; q is Benjamini and Hochberg's."),
+        Section("What they draw", drawn=[name for name in drawn if name.startswith("grid-")]),
         Section("Arms", [], arm_rows(found), "Means over seeds with intervals, and what a run cost."),
         Section("Per seed", [], seed_rows(found), "The number of every arm with every seed."),
         Section("Declared before the first run", declared(found)),
     ]
-    return [section for section in made if section.text or section.rows]
+    return [section for section in made if section.text or section.rows or section.drawn]
 
 
 S_MEANS = (
