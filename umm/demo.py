@@ -1,8 +1,8 @@
 """`umm demo`: the whole story in miniature, offline, on a CPU: every task on one latent space, and a page to look at.
 
-Settings are those of configs/tiny/recon.yaml and gen.yaml, on scenes of at most two plain objects. Four runs share one
-cache of latents: a decoder; a generator; a transformer that learns to name shapes; and one that learns both, from the
-same pictures in the same order as the two it is compared with.
+Settings are those of configs/tiny/recon.yaml and gen.yaml, on scenes of at most two plain objects. All runs share one
+cache of latents: a decoder; a generator; and three short ones that learn from the same pictures in the same order, a
+generator, a network of the same kind that names shapes, and one that does both.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from umm.runs import Run
 
 CONFIGS = Path(__file__).with_name("configs")  # a link to configs/tiny; in a wheel the same files
 BATCH = 16
-SHARE = 0.27  # of the time, for the decoder
-SPEED = {"decoder": 225, "trunks": 70}  # pictures/s on two cores; of trunks: through all three, one after the other
+SHARE = {"recon": 0.27, "gen": 0.53, "short": 0.20}  # of the time
+SPEED = {
+    "recon": 225,
+    "gen": 180,
+    "short": 60,
+}  # pictures/s on two cores; short: through all three, one after the other
 DECODER = {"width": 192, "heads": 3, "mlp": 768}  # two thirds of recon.yaml's
 TRUNK = {"width": 192, "depth": 4, "heads": 3}
-READ = {"reader": "linear", "block": 0}  # what understanding reads of a trunk
+READ = {"reader": "linear", "block": 1}  # what understanding reads of a trunk
 JUDGED = {"split": "test", "cached": True}
 GEN_JUDGED = {"metrics": ["fd", "kid", "nearest"], "features": ["effnet"], "train_images": 1000, "noises": []}
-GEN_JUDGED |= {"sampler": {"steps": 25}}
+GEN_JUDGED |= {"sampler": {"method": "euler", "steps": 25}}
 JOINT_JUDGED = ["eval.metrics=[psnr,ssim,fd,kid,nearest]"]  # each part takes those that suit it
 RECON_JUDGED = {"split": "test", "metrics": ["psnr", "ssim", "fd", "kid"], "features": ["effnet"]}
 PROBES = ["probe.baselines=false", "probe.steps=1500", "probe.batch_size=64", "probe.rates=[0.01,0.03,0.1,0.3,1.0]"]
@@ -60,26 +64,22 @@ def run_demo(out: str, minutes: float, scenes: int) -> None:
     say("3 of 6", "a diffusion transformer learns to make the latents of a shape out of noise")
     gen = trained(recipe["gen"])
     came_out(about_gen(judged(gen), len(SHAPES)))
-    say("4 of 6", "a transformer of the same kind learns to name the large shape")
+    say("4 of 6", "a network of the same kind learns to name the large shape")
     und = trained(recipe["und"])
     came_out(about_und(judged(und), probed(und, folder / "probes")))
-    say("5 of 6", "one transformer learns both at once, and is judged beside the other two")
-    joint = trained(recipe["joint"])
+    say("5 of 6", "one network learns both, as briefly; beside it one that only makes latents, from the same pictures")
+    short, joint = trained(recipe["gen-short"]), trained(recipe["joint"])
     if not (joint.folder / "eval" / "test-joint.json").exists():
-        evaluate_joint(str(joint.folder), [str(gen.folder), str(und.folder)], JOINT_JUDGED)
+        evaluate_joint(str(joint.folder), [str(short.folder), str(und.folder)], JOINT_JUDGED)
     for line in about_joint(json.loads((joint.folder / "eval" / "test-joint.json").read_text())):
         came_out(line)
     say("6 of 6", "a page with everything")
-    runs = [recon.folder, gen.folder, und.folder, folder / "probes", joint.folder]
+    runs = [recon.folder, gen.folder, und.folder, folder / "probes", short.folder, joint.folder]
     print(write_report([str(run) for run in runs], str(folder / "report.html")))
     say("done", f"{(time.perf_counter() - began) / 60:.1f} minutes. Look at")
     print(f"   {folder / 'report.html'}   in a browser: curves, pictures, tables, settings")
-    for run, words in {
-        recon: "originals above reconstructions",
-        gen: "samples, a row a shape",
-        joint: "the same",
-    }.items():
-        print(f"   {newest(run)}   {words}")
+    print(f"   {newest(recon)}   originals above reconstructions")
+    print(f"   {newest(gen)}   samples, a row a shape")
     print(f"   umm sample {gen.folder} --class star --num 24   |   umm reconstruct {recon.folder} YOUR_PICTURES...")
 
 
@@ -87,30 +87,36 @@ def run_demo(out: str, minutes: float, scenes: int) -> None:
 
 
 def recipes(folder: Path, minutes: float, scenes: int) -> dict[str, DictConfig]:
-    """{task: configuration of its run}; gen, und and joint learn from as many pictures by one schedule."""
+    """{run: configuration}; gen-short, und and joint learn from as many pictures by one schedule."""
+    images = {name: whole_batches(60 * minutes * share * SPEED[name]) for name, share in SHARE.items()}
     recon, gen = (read_yaml(CONFIGS / f"{name}.yaml") for name in ("recon", "gen"))
-    images = {"recon": whole_batches(60 * minutes * SHARE * SPEED["decoder"])}
-    images |= dict.fromkeys(
-        ("gen", "und", "joint"), trunk := whole_batches(60 * minutes * (1 - SHARE) * SPEED["trunks"])
-    )
     gen.gen.dit = OmegaConf.merge(gen.gen.dit, TRUNK)
     gen.gen.decoder = str(folder / "recon")
     gen.eval = OmegaConf.merge(gen.eval, JUDGED | GEN_JUDGED)
-    learn = {"optim": gen.gen.pop("optim") | {"warmup": trunk // 20, "constant": trunk // 2}, "ema": gen.gen.pop("ema")}
+    optim, ema = gen.gen.pop("optim"), gen.gen.pop("ema")
+    learn = {n: {"optim": optim | {"warmup": n // 20, "constant": n // 2}, "ema": ema} for n in images.values()}
+    n = images["short"]
     plain = {key: gen[key] for key in ("data", "latent", "cache", "train")}
-    layers = {
-        "recon": OmegaConf.merge(recon, {"recon": {"decoder": DECODER}, "eval": RECON_JUDGED}),
-        "gen": OmegaConf.merge(gen, {"gen": learn}),
-        "und": OmegaConf.create(plain | {"und": READ | learn | {"train": "trunk", "dit": gen.gen.dit}, "eval": JUDGED}),
-        "joint": OmegaConf.merge(gen, {"und": READ, "joint": learn}),
+    und = {"und": READ | learn[n] | {"train": "trunk", "dit": gen.gen.dit}, "eval": JUDGED}
+    layers = {  # run: task, pictures, settings
+        "recon": ("recon", images["recon"], [recon, {"recon": {"decoder": DECODER}, "eval": RECON_JUDGED}]),
+        "gen": ("gen", images["gen"], [gen, {"gen": learn[images["gen"]]}]),
+        "gen-short": ("gen", n, [gen, {"gen": learn[n]}]),
+        "und": ("und", n, [plain, und]),
+        "joint": ("joint", n, [gen, {"und": READ, "joint": learn[n]}]),
     }
     data = {"train": scenes, "val": 64, "test": min(max(scenes // 8, 32), 256), "max_objects": 2, "textured": 0}
     found = {}
-    for task, layer in layers.items():
-        n = images[task]
-        train = {"images": n, "device": "cpu", "log_every": 50, "sample_every": n // 2, "save_every": n // 4}
-        mine = OmegaConf.create({"run": str(folder / task), "data": data, "train": train})
-        found[task] = combine(task, [(str(CONFIGS), layer), ("umm demo", mine)])
+    for name, (task, count, settings) in layers.items():
+        train = {
+            "images": count,
+            "device": "cpu",
+            "log_every": 50,
+            "sample_every": count // 2,
+            "save_every": count // 4,
+        }
+        settings = [*settings, {"run": str(folder / name), "data": data, "train": train}]
+        found[name] = combine(task, [(str(CONFIGS), OmegaConf.create(layer)) for layer in settings])
     return found
 
 
