@@ -21,12 +21,8 @@ from umm.runs import Run
 
 CONFIGS = Path(__file__).with_name("configs")  # a link to configs/tiny; in a wheel the same files
 BATCH = 16
-SHARE = {"recon": 0.27, "gen": 0.53, "short": 0.20}  # of the time
-SPEED = {
-    "recon": 225,
-    "gen": 180,
-    "short": 60,
-}  # pictures/s on two cores; short: through all three, one after the other
+SHARE = {"recon": 0.27, "gen": 0.53, "short": 0.20}  # of the time; short: of three runs together
+SPEED = {"recon": 225, "gen": 180, "short": 60}  # pictures/s on two cores; short: through all three in turn
 DECODER = {"width": 192, "heads": 3, "mlp": 768}  # two thirds of recon.yaml's
 TRUNK = {"width": 192, "depth": 4, "heads": 3}
 READ = {"reader": "linear", "block": 1}  # what understanding reads of a trunk
@@ -108,13 +104,7 @@ def recipes(folder: Path, minutes: float, scenes: int) -> dict[str, DictConfig]:
     data = {"train": scenes, "val": 64, "test": min(max(scenes // 8, 32), 256), "max_objects": 2, "textured": 0}
     found = {}
     for name, (task, count, settings) in layers.items():
-        train = {
-            "images": count,
-            "device": "cpu",
-            "log_every": 50,
-            "sample_every": count // 2,
-            "save_every": count // 4,
-        }
+        train = {"images": count, "sample_every": count, "save_every": count // 4, "log_every": 50, "device": "cpu"}
         settings = [*settings, {"run": str(folder / name), "data": data, "train": train}]
         found[name] = combine(task, [(str(CONFIGS), OmegaConf.create(layer)) for layer in settings])
     return found
