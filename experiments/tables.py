@@ -59,6 +59,23 @@ def recon() -> str:
     return table(["run", "pictures seen", "held out", "PSNR", "mean picture", "untrained decoder"], rows)
 
 
+def gen() -> str:
+    trained, early = (rows_of(result(name)) for name in ("tiny-gen", "tiny-gen-1-percent"))
+    shown = {
+        "Frechet distance, pixels": ("fd", "pixels", 2, 1),
+        "Frechet distance, effnet": ("fd", "effnet", 1, 1),
+        "of the class asked for, by a probe of latents, %": ("class_agreement", "latents", 1, 100),
+        "of the class asked for, by a probe of effnet, %": ("class_agreement", "effnet", 1, 100),
+    }
+    rows = []
+    for what, (metric, space, digits, scale) in shown.items():
+        values = [scale * numbers[metric, space]["value"] for numbers in (early, trained)]
+        rows.append([what, *(f"{value:.{digits}f}" for value in values)])
+    decoded = trained["fd at latent noise 0", "effnet"]["value"]
+    rows[1][0] += f" ({decoded:.1f} of real latents, decoded)"
+    return table(["1,000 samples", "after 560 pictures", "after 56,000"], rows)
+
+
 def probes() -> str:
     found = {row["task"]: row for row in result("tiny-probe")["rows"]}
     rows = [
@@ -164,7 +181,7 @@ def augment() -> str:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, probes, answers, planted, scenes, best_of, augment, diagnose)}
+TABLES = {made.__name__: made for made in (recon, gen, probes, answers, planted, scenes, best_of, augment, diagnose)}
 
 
 def rewritten(text: str) -> str:
