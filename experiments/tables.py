@@ -178,10 +178,23 @@ def augment() -> str:
     return table([head, f"accuracy, mean of {asked['seeds']} seeds", "over duplicated", "p"], rows)
 
 
+def compare() -> str:
+    found = result("tiny-compare")
+    columns = {"PSNR, dB": 1, "gFD wavelet": 3, "gFD pixels": 2, "accuracy": 2}
+    rows = []
+    for name, space in found["spaces"].items():
+        shown = [found["columns"][column]["spaces"][name] for column in columns]
+        cells = [interval(one, digits) for one, digits in zip(shown, columns.values())]
+        rows.append([name, " x ".join(map(str, space["shape"])), *cells])
+    return table(["space, three seeds", "latent", *columns], rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {made.__name__: made for made in (recon, gen, probes, answers, planted, scenes, best_of, augment, diagnose)}
+TABLES = {
+    made.__name__: made for made in (recon, gen, probes, answers, planted, scenes, best_of, augment, diagnose, compare)
+}
 
 
 def rewritten(text: str) -> str:
