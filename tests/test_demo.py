@@ -39,6 +39,6 @@ def test_minutes_scale_every_part(recipe, tmp_path):
 def test_what_has_no_pairs_is_not_said_to_differ():
     pair = {"metric": "accuracy", "value": 0.75, "baseline": "und", "baseline_value": 0.5}
     pair |= {"difference": {"value": 0.25, "low": 0.125, "high": 0.375, "p": 0.01, "n": 8}}
-    alone = {"metric": "class_agreement", "space": "effnet", "value": 1.0}
+    alone = {"metric": "class_agreement", "space": "latents", "value": 1.0}
     lines = about_joint({"rows": [pair, alone, alone | {"baseline_value": 0.5, "difference": {"value": 0.5}}]})
     assert lines == ["names the shape: together 75.0%, alone 50.0%, difference +25.0% (+12.5% .. +37.5%)", ALONE]

@@ -32,8 +32,9 @@ GEN_JUDGED |= {"sampler": {"method": "euler", "steps": 25}}
 JOINT_JUDGED = ["eval.metrics=[psnr,ssim,fd,kid,nearest]"]  # each part takes those that suit it
 RECON_JUDGED = {"split": "test", "metrics": ["psnr", "ssim", "fd", "kid"], "features": ["effnet"]}
 PROBES = ["probe.baselines=false", "probe.steps=1500", "probe.batch_size=64", "probe.rates=[0.01,0.03,0.1,0.3,1.0]"]
+PROBES += ["train.workers=0", "train.device=cpu"]
 CHANCE = "accuracy of the most frequent class alone"
-PAIRED = {"accuracy": "names the shape", "class_agreement@effnet": "samples taken for the shape asked for"}
+PAIRED = {"accuracy": "names the shape", "class_agreement@latents": "makes the shape asked for, by a probe of latents"}
 ALONE = "whether tasks help each other takes more than one training: umm synergy run, with seeds and controls"
 
 
@@ -96,7 +97,7 @@ def recipes(folder: Path, minutes: float, scenes: int) -> dict[str, DictConfig]:
     und = {"und": READ | learn[n] | {"train": "trunk", "dit": gen.gen.dit}, "eval": JUDGED}
     layers = {  # run: task, pictures, settings
         "recon": ("recon", images["recon"], [recon, {"recon": {"decoder": DECODER}, "eval": RECON_JUDGED}]),
-        "gen": ("gen", images["gen"], [gen, {"gen": learn[images["gen"]]}]),
+        "gen": ("gen", images["gen"], [gen, {"gen": learn[images["gen"]], "eval": {"noises": [0.0]}}]),
         "gen-short": ("gen", n, [gen, {"gen": learn[n]}]),
         "und": ("und", n, [plain, und]),
         "joint": ("joint", n, [gen, {"und": READ, "joint": learn[n]}]),
@@ -175,8 +176,9 @@ def about_recon(found: Mapping[str, float]) -> str:
 
 def about_gen(found: Mapping[str, float], classes: int) -> str:
     return (
-        f"EfficientNet's features take {found['class_agreement@effnet']:.0%} of the samples for the shape asked for "
-        f"(real scenes {found['probe_accuracy@effnet']:.0%}, chance {1 / classes:.0%}); FD {found['fd@effnet']:.0f}"
+        f"a probe of real latents takes {found['class_agreement@latents']:.0%} of the samples for the shape asked for, "
+        f"EfficientNet, which sees them drawn, {found['class_agreement@effnet']:.0%} (chance {1 / classes:.0%}); FD "
+        f"{found['fd@effnet']:.0f}, {found['fd at latent noise 0@effnet']:.0f} of it from drawing alone"
     )
 
 
