@@ -27,9 +27,10 @@ DECODER = {"width": 192, "heads": 3, "mlp": 768}  # two thirds of recon.yaml's
 TRUNK = {"width": 192, "depth": 4, "heads": 3}
 READ = {"reader": "linear", "block": 1}  # what understanding reads of a trunk
 JUDGED = {"split": "test", "cached": True}
-GEN_JUDGED = {"metrics": ["fd", "kid", "nearest"], "features": ["effnet"], "train_images": 1000, "noises": []}
+GEN_JUDGED = {"metrics": ["fd", "kid"], "features": ["wavelet"], "train_images": 1000, "noises": []}
 GEN_JUDGED |= {"sampler": {"method": "euler", "steps": 25}}
-JOINT_JUDGED = ["eval.metrics=[psnr,ssim,fd,kid,nearest]"]  # each part takes those that suit it
+GEN_MORE = {"metrics": ["fd", "kid", "nearest"], "features": ["effnet"], "noises": [0.0]}  # slower
+JOINT_JUDGED = ["eval.metrics=[psnr,ssim,fd,kid]"]  # each part takes those that suit it
 RECON_JUDGED = {"split": "test", "metrics": ["psnr", "ssim", "fd", "kid"], "features": ["effnet"]}
 PROBES = ["probe.baselines=false", "probe.steps=1500", "probe.batch_size=64", "probe.rates=[0.01,0.03,0.1,0.3,1.0]"]
 PROBES += ["train.workers=0", "train.device=cpu"]
@@ -97,7 +98,7 @@ def recipes(folder: Path, minutes: float, scenes: int) -> dict[str, DictConfig]:
     und = {"und": READ | learn[n] | {"train": "trunk", "dit": gen.gen.dit}, "eval": JUDGED}
     layers = {  # run: task, pictures, settings
         "recon": ("recon", images["recon"], [recon, {"recon": {"decoder": DECODER}, "eval": RECON_JUDGED}]),
-        "gen": ("gen", images["gen"], [gen, {"gen": learn[images["gen"]], "eval": {"noises": [0.0]}}]),
+        "gen": ("gen", images["gen"], [gen, {"gen": learn[images["gen"]], "eval": GEN_MORE}]),
         "gen-short": ("gen", n, [gen, {"gen": learn[n]}]),
         "und": ("und", n, [plain, und]),
         "joint": ("joint", n, [gen, {"und": READ, "joint": learn[n]}]),
