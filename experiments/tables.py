@@ -189,11 +189,19 @@ def compare() -> str:
     return table(["space, three seeds", "latent", *columns], rows)
 
 
+def demo() -> str:
+    found = result("tiny-demo")
+    return f"{found['minutes']} minutes on {found['cores']} quiet cores:\n\n" + "".join(
+        f"* {x}\n" for x in found["came out"]
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
 TABLES = {
-    made.__name__: made for made in (recon, gen, probes, answers, planted, scenes, best_of, augment, diagnose, compare)
+    made.__name__: made
+    for made in (demo, recon, gen, probes, answers, planted, scenes, best_of, augment, diagnose, compare)
 }
 
 

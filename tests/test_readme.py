@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -89,6 +90,14 @@ def test_the_tables_are_made_of_the_results(monkeypatch):
     texts = [file.read_text() for file in tables.FILES]
     assert {name for text in texts for _, name, *_ in tables.BLOCK.findall(text)} == set(tables.TABLES)
     assert [tables.rewritten(text) for text in texts] == texts, "python experiments/tables.py writes them anew"
+
+
+def test_the_demo_is_said_to_take_what_it_took():
+    found = json.loads((ROOT / "experiments" / "results" / "tiny-demo.json").read_text())
+    said = re.search(
+        r"It takes ([\d.]+) minutes on two quiet CPU cores and reconstructs unseen scenes at ([\d.]+) dB", README
+    )
+    assert float(said[1]) == found["minutes"] <= 15 and found["came out"][0].startswith(f"{said[2]} dB ")
 
 
 def test_the_folders_of_the_tree_exist():
