@@ -166,6 +166,9 @@ def check(settings: JointSettings, config: DictConfig) -> None:
         return
     if not {"gen", "und"} & set(parts):
         raise ConfigError(f"joint.share=trunk needs gen or und among joint.parts, not only {', '.join(parts)}.")
+    of = "und" if settings.placebo == "permuted_labels" else "gen"
+    if settings.placebo != "none" and of not in parts:
+        raise ConfigError(f"joint.placebo={settings.placebo} changes {of}, which is not among joint.parts: add it.")
     if config.und.kind != "classify":
         raise ConfigError(f"und.kind={config.und.kind} reads latents, not a trunk: set joint.share=nothing.")
     refuse_elsewhere(config, ELSEWHERE, settings.share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fakes.space import Patches
 from test_joint import DIT, OPTIM, RECON, run_of, same, tensors
 
 import umm
+from umm.best_of import as_read
 from umm.config import load
 from umm.errors import ConfigError, UmmError
 from umm.evaluate import evaluate_run
@@ -28,6 +30,7 @@ from umm.rng import seeded_init
 from umm.runs import Run
 from umm.train import Trainer
 
+SPEC = Patches(SpaceConfig()).spec
 VQA = "und.kind=vqa und.vqa.width=16 und.vqa.heads=2 und.vqa.depth=1 und.blind=true".split()
 OWN = {  # part -> its learner and the settings of its networks
     "gen": ("gen.dit", [f"gen.dit.{text}" for text in DIT] + ["gen.conditional=false"]),
@@ -91,6 +94,18 @@ def test_an_untrained_adapter_changes_no_bit_and_a_trained_one_no_length(mode):
     if mode != "sphere":
         torch.testing.assert_close(other.normalizer.undo(y), other.normalizer.adapted(raw))
     assert torch.equal(space.encode(images), z), "the space itself is left as it was"
+
+
+def test_a_reader_behind_the_generators_adapter_does_not_adapt_twice():
+    """As `umm best-of` gives one run's latents to another's reader, which measured its own statistics."""
+    images, adapter = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), an_adapter(SPEC, 0.5)
+    plain, one, other = (SimpleNamespace(space=Patches(SpaceConfig())) for _ in range(3))
+    one.space, other.space = (adapted(run.space, adapter) for run in (one, other))
+    for run in (one, other):
+        run.space.normalizer.set(torch.tensor(0.1), torch.tensor(2.0))
+    z = one.space.encode(images)
+    torch.testing.assert_close(as_read(other, one, z), z)
+    torch.testing.assert_close(as_read(one, plain, plain.space.encode(images)), z)
 
 
 def test_a_token_of_zeros_stays_and_has_a_finite_gradient():

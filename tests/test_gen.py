@@ -413,6 +413,7 @@ def test_a_finished_run_is_given_a_decoder_by_the_same_command(settings, decoder
     drawing = umm.load(run.folder)
     assert drawing.sample(num=2).shape == (2, 3, 16, 16)
     assert torch.equal(drawing.sample_latents(num=2), model.sample_latents(num=2))
+    assert run.config.gen.decoder == str(decoder), "its checkpoints draw with it too"
 
 
 def test_without_a_decoder_the_latents_are_judged(settings):

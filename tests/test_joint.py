@@ -226,6 +226,8 @@ def test_a_joint_model_samples_classifies_and_is_judged(common, joint, tmp_path)
         (["und.kind=vqa"], "set joint.share=nothing"),
         (["joint.parts=[gen,gen]"], "each once"),
         (["joint.parts=[recon]"], "needs gen or und"),
+        (["joint.parts=[und]", "joint.placebo=gaussian"], "changes gen, which is not among"),
+        (["joint.parts=[gen]", "joint.placebo=permuted_labels"], "changes und, which is not among"),
         (["joint.share=nothing", "joint.stop=[und]"], "set joint.share=trunk"),
         (["joint.share=nothing", "und.train=trunk"], "two trunks"),
     ],

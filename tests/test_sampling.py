@@ -123,6 +123,7 @@ def test_guidance_a_network_cannot_give_is_refused():
         (GuidanceSettings("none", 2.0), "without a kind"),
         (GuidanceSettings("internal", 1.5), "auxiliary output"),
         (GuidanceSettings("auto", 1.5), "weak=<run"),
+        (GuidanceSettings("classifier_free", float("nan")), "not a number to scale by"),
     ]:
         with pytest.raises(ConfigError, match=match):
             drawer_of(guidance)

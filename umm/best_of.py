@@ -32,6 +32,7 @@ from umm.build import judged_data, open_source, settings_of
 from umm.data.base import DataSource
 from umm.errors import UmmError
 from umm.evaluate import run_config
+from umm.latents._adapted import adapter_digest
 from umm.loader import to_device
 from umm.model import UnifiedModel, check_identity
 from umm.picture_judges import PictureJudge, batches, in_groups, learn_judges, share
@@ -228,6 +229,8 @@ def open_reader(model: UnifiedModel, judge: str | None) -> UnifiedModel:
         return model
     reader = UnifiedModel.load(judge, model.device)
     check_identity(model.space, reader.space.identity(), Path(judge))
+    if adapter_digest(model.space) not in (None, adapter_digest(reader.space)):
+        raise UmmError(f"{judge} does not read latents through the adapter of this run's: give a reader trained in it.")
     reader.head("und")
     return reader
 
@@ -247,4 +250,8 @@ def real_accuracy(reader: UnifiedModel, model: UnifiedModel, val: DataSource, co
 
 def as_read(reader: UnifiedModel, model: UnifiedModel, z: Tensor) -> Tensor:
     """The generator's latents standardised as the reader's are: another run measured its own statistics."""
-    return z if reader is model else reader.space.normalizer(model.space.normalizer.undo(z))
+    if reader is model:
+        return z
+    raw, normalizer = model.space.normalizer.undo(z), reader.space.normalizer
+    # a generator behind an adapter makes latents that the reader's, the same one, has moved already
+    return normalizer(raw) if adapter_digest(model.space) is None else normalizer.unadapted(raw)

@@ -57,6 +57,7 @@ class Run:
             run.forget()
         if run.config_file.exists():
             run.check_same(config)
+            run.take_decoder(config)
             run.note(resumed=now())
         else:
             write_atomic(run.config_file, to_yaml(config))
@@ -102,6 +103,13 @@ class Run:
             raise ConfigError(
                 f"{self.folder} holds a run in which {difference} now: give run=<another folder>, or delete it."
             )
+
+    def take_decoder(self, config: DictConfig) -> None:
+        """Save the decoder that a generator is given later, for what reads config.yaml: its checkpoints' samples."""
+        decoder, saved = OmegaConf.select(config, "gen.decoder"), self.config
+        if decoder not in (None, OmegaConf.select(saved, "gen.decoder")):
+            OmegaConf.update(saved, "gen.decoder", decoder)
+            write_atomic(self.config_file, to_yaml(saved))
 
     def note(self, **facts: object) -> None:
         """Add facts to run.json."""

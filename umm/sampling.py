@@ -9,6 +9,7 @@ B batch, C channels, h w latent grid, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,6 +114,8 @@ def sampler_of(settings: dict) -> SamplerSettings:
 def check_guidance(guidance: GuidanceSettings, dit: DiT) -> None:
     """Refuse guidance that this network cannot give, or that would be ignored."""
     where = "the sampler's guidance"
+    if not math.isfinite(guidance.scale):
+        raise ConfigError(f"{where}.scale={guidance.scale} is not a number to scale by: 1 is no guidance.")
     if guidance.kind == "none" and guidance.scale != 1:
         raise ConfigError(f"{where}.scale={guidance.scale} without a kind does nothing: set {where}.kind too.")
     if guidance.kind == "classifier_free" and not dit.num_classes:
