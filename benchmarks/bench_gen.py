@@ -1,6 +1,6 @@
 """Training and sampling speed of DiT^DH: pictures a second, and the share of the machine's matrix speed they use.
 
-    python benchmarks/bench_gen.py --size S --batch 2          some minutes on two CPU cores
+    python benchmarks/bench_gen.py --size S --batch 2 --steps 2 --compile          some minutes on two CPU cores
     python benchmarks/bench_gen.py --size S XL --batch 64 --precision fp32 bf16 --compile     on a GPU
 
 Latents are 16 x 16 tokens of a picture of 256 px. The step is the real one: the loss of `umm.tasks.gen` with its random
@@ -26,11 +26,11 @@ from umm.latents.base import LatentSpace, LatentSpec
 from umm.latents.dinov2 import DINOv2
 from umm.learner import Learner
 from umm.rng import generator
-from umm.sampling import Drawer
+from umm.sampling import GROUP, Drawer
 from umm.settings import DINOv2Settings, SamplerSettings
 from umm.tasks.gen import Gen
 
-CLASSES, STEPS = 1000, 10
+CLASSES = 1000
 
 
 class Classes:
@@ -51,15 +51,15 @@ def learner_of(size: str, space: LatentSpace, accelerator: Accelerator, compiled
     return Learner(task.groups()[0], accelerator, 10**9, compiled)
 
 
-def bench(size: str, weights: str, batch: int, precision: str, compiled: bool) -> dict:
+def bench(size: str, precision: str, compiled: bool, asked: argparse.Namespace) -> dict:
     """Numbers of one configuration."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
     device = accelerator.device
-    space = DINOv2.from_config(DINOv2Settings(weights=weights)).to(device)
-    learner = learner_of(size, space, accelerator, compiled)
+    space = DINOv2.from_config(DINOv2Settings(weights=asked.weights)).to(device)
+    learner, batch = learner_of(size, space, accelerator, compiled), asked.batch
     dit, spec = learner.phase.module, space.spec
     draw = generator("latents")
     pictures = {
@@ -74,17 +74,18 @@ def bench(size: str, weights: str, batch: int, precision: str, compiled: bool) -
         encoding = measure(lambda: space.raw(images), batch, warmup=1, repetitions=5)
     both = step["seconds"]["median"] + encoding["seconds"]["median"]
     network = measure(lambda: network_step(learner, pictures), batch, warmup=1, repetitions=5)
-    sampler = Drawer(dit.eval(), learner.group.turns[0].task.settings.flow, SamplerSettings(steps=STEPS))
+    sampler = Drawer(dit.eval(), learner.group.turns[0].task.settings.flow, SamplerSettings(steps=asked.steps))
     autocast = accelerator.autocast() if precision != "fp32" else contextlib.nullcontext()
+    count = batch + -batch % GROUP  # fewer cost as much
     with autocast:
-        drawn = measure(lambda: sampler.latents(range(batch), [0] * batch, 0), batch, warmup=1, repetitions=3)
+        drawn = measure(lambda: sampler.latents(range(count), [0] * count, 0), count, warmup=1, repetitions=3)
         peak = matrix_speed(device, accelerator.autocast)
     used = 3 * flops * step["per_second"]["median"]
     return {
         "train_cached": step,
         "encode": encoding,
         "train_uncached_per_second": batch / both,
-        "sample": drawn | {"steps_of_the_sampler": STEPS},
+        "sample": drawn | {"steps_of_the_sampler": asked.steps},
         "network_share": network["seconds"]["median"] / step["seconds"]["median"],
         "forward_gflops": flops / 1e9,
         "model_tflops_per_second": used / 1e12,
@@ -123,23 +124,24 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=["S"], choices=["S", "B", "L", "XL"])
     parser.add_argument("--weights", default="asset:dinov2-small-saliency", help="of the encoder")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true", help="also compiled")
-    arguments = parser.parse_args()
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
     numbers = {}
-    for size in arguments.size:
-        for precision in arguments.precision:
-            for compiled in (False, True) if arguments.compile else (False,):
+    for size in asked.size:
+        for precision in asked.precision:
+            for compiled in (False, True) if asked.compile else (False,):
                 name = f"DiTDH-{size} {precision} {'compiled' if compiled else 'eager'}"
-                found = numbers[name] = bench(size, arguments.weights, arguments.batch, precision, compiled)
+                found = numbers[name] = bench(size, precision, compiled, asked)
                 print(
                     f"{name}: trains {found['train_cached']['per_second']['median']:.2f} (encoding too "
                     f"{found['train_uncached_per_second']:.2f}), samples "
-                    f"{found['sample']['per_second']['median']:.3f} pictures/s ({STEPS} steps); utilisation "
+                    f"{found['sample']['per_second']['median']:.3f} pictures/s ({asked.steps} steps); utilisation "
                     f"{found['utilisation']:.0%}, network {found['network_share']:.0%} of a step", flush=True,
                 )  # fmt: skip
-    report("gen", {"weights": arguments.weights, "batch": arguments.batch}, numbers)
+    report("gen", {"weights": asked.weights, "batch": asked.batch}, numbers)
 
 
 if __name__ == "__main__":

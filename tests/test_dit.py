@@ -10,6 +10,7 @@ from umm.errors import ConfigError, UmmError
 from umm.heads.dit import DiT
 from umm.latents.base import LatentSpec
 from umm.layers import patchify, unpatchify
+from umm.rng import seeded_init
 from umm.settings import DiTSettings
 
 PUBLISHED = LatentSpec(768, 16, 16, 256)
@@ -31,6 +32,16 @@ def inputs(spec: LatentSpec = SMALL, batch: int = 3) -> tuple[Tensor, Tensor, Te
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(batch, *spec.shape, generator=generator), torch.rand(batch, generator=generator)
     return x, t, torch.arange(batch)
+
+
+def test_a_network_with_classes_begins_as_one_without():
+    """So that a reader alone, whose trunk knows no classes, begins as the one beside a generator."""
+    made = []
+    for classes, changes in [(0, {}), (6, {}), (6, {"repa_depth": 1})]:
+        with seeded_init("same"):
+            made.append(DiT(DiT.tiny(SMALL, **changes).config, SMALL, classes).state_dict())
+    shared = made[0].keys() - {"label.weight"}
+    assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in shared)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,17 @@ def test_rotary_positions_have_the_published_values():
     turned = apply_rope(torch.arange(72.0).expand(256, 72), cos, sin)[53]
     want = torch.tensor([-0.14112, -0.98999, 45.69204, -24.02577])
     torch.testing.assert_close(turned[[0, 1, 36, 37]], want, rtol=0, atol=1e-4)
+
+
+def test_rotation_is_the_same_compiled_and_in_half_precision():
+    """Where there is no compiler, what it would compile is run as it is."""
+    (cos, sin), x = rope_2d(16, 4, 4), draw(2, 3, 16, 16)
+    with mock.patch("torch.compiler.is_compiling", lambda: True):
+        compiled = apply_rope(x, cos, sin)
+    torch.testing.assert_close(apply_rope(x, cos, sin), compiled)
+    half = apply_rope(x.bfloat16(), cos, sin)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, apply_rope(x.bfloat16().float(), cos, sin).bfloat16())
 
 
 @settings(max_examples=10, derandomize=True, deadline=None)

@@ -25,6 +25,7 @@ from umm.transforms import to_uint8
 GROUPS = 10  # parts left out in turn by the jackknife
 NOISES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # latent standard deviations
 STEPS = 8  # of an interpolation
+SMALL = 384  # width of DiT-S
 STEEP = 8  # pictures whose Lipschitz constant is found
 # question -> {number: is a higher value reported to go with better generation? None: not known, or a matter of taste}
 QUESTIONS = {
@@ -35,6 +36,7 @@ QUESTIONS = {
         "r90": True,
         "decay_exponent": False,
         "path_condition": False,
+        f"width_floor@{SMALL}": False,
         "intrinsic_dimension": None,
     },
     "Is it sparse or heavy-tailed?": {
@@ -138,6 +140,7 @@ class Battery:
         self.whole("r90", coordinates, cloud.components_for(lam), len(z))
         self.whole("decay_exponent", coordinates, cloud.decay_exponent(lam), len(z))
         if coordinates == "standardised":
+            self.whole(f"width_floor@{SMALL}", coordinates, cloud.width_floor(lam, SMALL), len(z))
             self.whole("path_condition", coordinates, cloud.path_condition(lam), len(z))
         self.curves[f"eigenvalues {coordinates}"] = (lam[0] / lam[0].sum()).tolist()
 

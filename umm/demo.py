@@ -28,7 +28,7 @@ TRUNK = {"width": 192, "depth": 4, "heads": 3}
 READ = {"reader": "linear", "block": 1}  # what understanding reads of a trunk
 JUDGED = {"split": "test", "cached": True}
 GEN_JUDGED = {"metrics": ["fd", "kid"], "features": ["wavelet"], "train_images": 1000, "noises": []}
-GEN_JUDGED |= {"sampler": {"method": "euler", "steps": 25}}
+GEN_JUDGED |= {"sampler": {"method": "euler", "steps": 16}}
 GEN_MORE = {"metrics": ["fd", "kid", "nearest"], "features": ["effnet"], "noises": [0.0]}  # slower
 JOINT_JUDGED = ["eval.metrics=[psnr,ssim,fd,kid]"]  # each part takes those that suit it
 RECON_JUDGED = {"split": "test", "metrics": ["psnr", "ssim", "fd", "kid"], "features": ["effnet"]}

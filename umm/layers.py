@@ -46,9 +46,13 @@ def rope_2d(head_dim: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of x (..., N, head_dim): (a, b) -> (a cos - b sin, b cos + a sin)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-b, a], dim=-1).flatten(-2)
-    return (at_least_float32(x) * cos + at_least_float32(turned) * sin).to(x.dtype)
+    pairs, cos, sin = at_least_float32(x).unflatten(-1, (-1, 2)), cos[..., ::2], sin[..., ::2]
+    if torch.compiler.is_compiling():  # the compiler fuses this and knows no complex numbers
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:  # a kernel instead of nine
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

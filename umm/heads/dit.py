@@ -65,7 +65,6 @@ class DiT(Head):
 
         self.embed = nn.Linear(out, width)
         self.time = TimeEmbedding(width, config.time)
-        self.label = nn.Embedding(num_classes + 1, width)
         self.time_tokens = nn.Parameter(torch.randn(config.time_tokens, width) / width**0.5) if in_context else None
         self.class_tokens = nn.Parameter(torch.randn(config.class_tokens, width) / width**0.5) if in_context else None
         # A buffer and not a frozen parameter: nothing that says requires_grad_(True) can thaw it.
@@ -77,7 +76,9 @@ class DiT(Head):
         self.final = FinalLayer(config.head_width if config.head_depth else width, out, config)
         self.base_final = FinalLayer(width, out, config) if config.base_depth else None
         self._initialise()
-        # drawn last: with or without it the network begins with the same weights
+        # drawn last: with or without them the network begins with the same weights
+        self.label = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(self.label.weight, std=0.02)
         repa_dim = config.repa_dim or spec.channels
         self.repa = repa_projector(width, repa_dim, config.repa_layers) if config.repa_depth else None
 
@@ -106,7 +107,7 @@ class DiT(Head):
         for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for weight in (self.label.weight, self.time.mlp[0].weight, self.time.mlp[2].weight):
+        for weight in (self.time.mlp[0].weight, self.time.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
 
     @classmethod

@@ -1,6 +1,6 @@
 """The leading k principal components of another space's tokens: the same pictures with fewer numbers a token.
 
-For the question whether latent dimension itself makes generation harder (docs/formulas.md, experiments/dimension.py).
+For the question whether latent dimension itself makes generation harder (experiments/compare/dimension.yaml).
 B batch, K channels of the base space, k components kept, h w token grid.
 """
 
