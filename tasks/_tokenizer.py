@@ -53,12 +53,18 @@ class Tokenizer(Task):
                 f"recon.decoder is for spaces without a decoder, and {self.config.latent.name} has its own: set "
                 "latent.decoder instead."
             )
-        tuned = any("encoder" in stage.trains for stage in self.space.stages)
-        if tuned and self.settings.perceptual.name == "encoder":
-            raise ConfigError(
-                "recon.perceptual.name=encoder needs an encoder that stays as it is, and this space trains it: "
-                "choose judge or lpips-vgg."
-            )
+        if self.settings.perceptual.name == "encoder":
+            self.check_encoder()
+
+    def check_encoder(self) -> None:
+        """Refuse to compare pictures by an encoder that is trained, is not there, or sees pictures of one size only."""
+        if self.space.base is None or any("encoder" in stage.trains for stage in self.space.stages):
+            why = "an encoder that stays as it is, and this space has none: choose"
+        elif self.space.resizes:
+            why = "pictures of one size, and this space draws smaller ones too: set latent.equivariance=0, or choose"
+        else:
+            return
+        raise ConfigError(f"recon.perceptual.name=encoder needs {why} judge or lpips-vgg.")
 
     def members(self) -> list[Task]:
         return self.stages
@@ -113,7 +119,7 @@ class StageTask(Task):
         student, pictures, target = self.whole.student, self.whole.pictures, batch["image"]
         if phase == "discriminator":
             with torch.no_grad(), self.precision(target):
-                drawn = student.draw(student.raw(target))
+                drawn = student.draw(student.normalizer.restored(student.raw(target)))
             return pictures.discrimination(drawn.float(), target, rng)
         with self.precision(target):
             lesson = student.lesson(self.stage, target, rng, lambda raw: self.corrupted(raw, rng))
@@ -131,6 +137,7 @@ class StageTask(Task):
         return torch.autocast(like.device.type, torch.bfloat16, enabled=enabled)
 
     def corrupted(self, raw: Tensor, rng: PictureRNG) -> Tensor:
+        raw = self.whole.student.normalizer.restored(raw)
         return losses.augment_noise(raw, self.settings.noise, rng.fork("noise"), self.settings.noise_law)
 
     def end(self, phase: str, mean: Callable[[Tensor], Tensor]) -> None:
@@ -164,7 +171,7 @@ class StageTask(Task):
             return
         self.show(modules)
         images = shown_pictures(self.val, self.shown, self.space.normalizer.mean.device)
-        drawn = self.space.draw(self.space.raw(images)).clamp(0, 1)
+        drawn = self.space.draw(self.space.normalizer.restored(self.space.raw(images))).clamp(0, 1)
         save_grid(file, [images, drawn], rows=["original", "reconstruction"])
 
     def heads(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

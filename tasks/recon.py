@@ -65,7 +65,7 @@ class Recon(Task):
         self.pictures.begin(phase)
 
     def loss(self, phase: str, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
-        latents, target = batch["latent"], batch["image"]
+        latents, target = self.space.normalizer.restored(batch["latent"]), batch["image"]
         if phase == "discriminator":
             with torch.no_grad():
                 drawn = self.decoder(latents)
@@ -91,7 +91,7 @@ class Recon(Task):
         if self.val is None:
             return
         images = shown_pictures(self.val, self.shown, self.space.normalizer.mean.device)
-        drawn = modules["decoder"].eval()(self.space.raw(images)).clamp(0, 1)
+        drawn = modules["decoder"].eval()(self.space.normalizer.restored(self.space.raw(images))).clamp(0, 1)
         save_grid(file, [images, drawn], rows=["original", "reconstruction"])
 
     def heads(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

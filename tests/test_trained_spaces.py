@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 import umm
 from umm import losses
-from umm.build import settings_of
+from umm.build import cache_command, settings_of
 from umm.config import load
 from umm.errors import ConfigError, MissingWeights
-from umm.latents._conv import ConvDecoder
+from umm.latents._conv import ConvDecoder, group_norm
 from umm.latents._pyramid import Pyramid
 from umm.latents._trained import Stage
 from umm.latents.aligntok import AlignTok
@@ -28,9 +28,9 @@ from umm.pretrained import sha256_of
 from umm.registry import find
 from umm.rng import PictureRNG, generator
 from umm.runs import Run
-from umm.settings import ConvDecoderSettings, OptimSettings, PyramidSettings
+from umm.settings import ConvDecoderSettings, OptimSettings, PretrainedSettings, PyramidSettings
 from umm.tasks._picture_loss import PictureLoss
-from umm.tasks._tokenizer import slowed, windows
+from umm.tasks._tokenizer import Tokenizer, slowed, windows
 from umm.tasks.recon import Recon
 from umm.train import train
 
@@ -46,6 +46,8 @@ SMALL = {
 
 GAN = """recon.adversarial.weight=0.75 recon.adversarial.backbone=fakes recon.adversarial.start_discriminator=16
 recon.adversarial.start_generator=32 recon.adversarial.optim.warmup=0""".split()
+
+SEEN = ["recon.perceptual.name=encoder", "recon.perceptual.layers=[0,1]"]
 
 
 def pictures(count: int = 4, side: int = 64, seed: object = 0) -> torch.Tensor:
@@ -131,8 +133,10 @@ def test_without_its_detail_a_picture_is_drawn_with_the_learned_stand_in():
 def test_a_space_that_depends_on_its_batch_is_not_cached(tmp_path, encoder):
     run = train(load("recon", None, settings("svg", tmp_path, encoder, "latent.scalars=batch")))
     gen = [*gen_settings(tmp_path, "svg", run.parent), "latent.scalars=batch", f"cache.dir={tmp_path / 'cache'}"]
-    with pytest.raises(ConfigError, match="cannot be cached, they depend on their batch"):
-        train(load("gen", None, gen))
+    for ask in (train, lambda config: cache_command(config, "train", verify=False)):
+        with pytest.raises(ConfigError, match="cannot be cached, they depend on their batch"):
+            ask(load("gen", None, gen))
+    assert not (tmp_path / "cache").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- AlignTok
@@ -275,7 +279,17 @@ def test_the_convolutional_decoder_has_the_published_shape():
     assert counts == [43_076_483] * 2
 
 
+def test_groups_divide_the_channels_and_published_widths_have_32():
+    for channels in range(1, 1100):
+        groups = group_norm(channels).num_groups
+        assert channels % groups == 0 and (groups == 1 or channels // groups >= 4), channels
+    assert {group_norm(channels).num_groups for channels in (128, 256, 512, 1024)} == {32}
+    assert [group_norm(channels).num_groups for channels in (8, 16, 64, 18, 146, 73)] == [2, 4, 16, 2, 2, 1]
+
+
 def test_levels_that_do_not_lead_to_the_picture_are_one_sentence():
+    with pytest.raises(ConfigError, match="this latent has 12 px: no number draws that, choose another encoder_size"):
+        ConvDecoder(LatentSpec(4, 4, 4, 48), ConvDecoderSettings())
     with pytest.raises(ConfigError, match="2 levels, which draw 2 px a token; this latent has 16 px: give 5 levels"):
         ConvDecoder(LatentSpec(4, 4, 4, 64), ConvDecoderSettings(multipliers=[1, 1]))
 
@@ -510,8 +524,11 @@ def test_an_untrained_space_can_do_nothing_but_be_trained(tmp_path, encoder):
     for task in ("gen", "und"):
         with pytest.raises(ConfigError, match=r"svg has networks to train: umm train --task recon latent.name=svg"):
             train(load(task, None, [*overrides, f"run={tmp_path / task}"]))
-    with pytest.raises(ConfigError, match="cannot be cached, they are trained now"):
-        train(load("recon", None, settings("svg", tmp_path, encoder, f"cache.dir={tmp_path / 'cache'}")))
+    cached = load("recon", None, settings("svg", tmp_path, encoder, f"cache.dir={tmp_path / 'cache'}"))
+    for ask in (train, lambda config: cache_command(config, "train", verify=False)):
+        with pytest.raises(ConfigError, match="cannot be cached, they are trained now"):
+            ask(cached)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path, encoder):
@@ -526,9 +543,48 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, encoder):
     }.items()):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             train(load("recon", None, settings("svg", tmp_path / str(number), encoder, setting)))
-    with pytest.raises(ConfigError, match="an encoder that stays as it is"):
-        train(load("recon", None, [s for s in settings("aligntok", tmp_path, encoder, "recon.perceptual.name=encoder")
-                                   if s != "recon.perceptual.name=none"]))  # fmt: skip
+    for name, said in (("aligntok", "an encoder that stays as it is"), ("vfm_vae", "set latent.equivariance=0, or")):
+        with pytest.raises(ConfigError, match=said):
+            train(load("recon", None, settings(name, tmp_path, encoder, *SEEN)))
+
+
+def test_vfm_vae_is_compared_by_its_encoder_where_pictures_keep_their_size(tmp_path, encoder):
+    run = train(load("recon", None, settings("vfm_vae", tmp_path, encoder, *SEEN, "latent.equivariance=0")))
+    assert Run(run.parent).read_log()[-1]["refine.parts.perceptual"] > 0
+
+
+def test_settings_that_would_not_be_heard_are_refused(tmp_path, encoder):
+    some = PretrainedSettings(layers=[0])
+    assert SVG.tiny(tokens="raw", encoder=some)
+    for space in (SVG, VFMVAE):
+        with pytest.raises(ConfigError, match=r"latent\.encoder\.layers=\[0\] would not be heard"):
+            space.tiny(encoder=some)
+    run = train(load("recon", None, settings("svg", tmp_path, encoder))).parent
+    for setting in ("channels=5", "scalars=batch", "tokens=raw", "encoder.encoder_size=56", "decoder.width=4"):
+        with pytest.raises(ConfigError, match=rf"latent\.{setting} is not what .* has, .*: leave it out"):
+            train(load("gen", None, [*gen_settings(tmp_path, "svg", run), f"latent.{setting}"]))
+    space = find("latents", "svg").from_config(
+        load("gen", None, [*gen_settings(tmp_path, "svg", run), "latent.channels=4", "latent.encode_batch=3"]).latent
+    )
+    assert space.residual.head[-1].out_features == 4
+
+
+# ------------------------------------------------------------------------------------------------------- the sphere
+
+
+def test_on_the_sphere_a_space_learns_to_draw_what_it_is_given_in_use(tmp_path, encoder, monkeypatch):
+    """Lengths are lost there: a decoder that learned with them would draw worse without."""
+    config = load("recon", None, settings("aligntok", tmp_path, encoder, "latent.normalizer=sphere"))
+    space, seen = find("latents", "aligntok").from_config(config.latent), []
+    task, images = Tokenizer(config, space, None), pictures(4, 16)
+    monkeypatch.setattr(AlignTok, "draw", lambda self, raw: seen.append(raw.detach()) or self.decoder(raw))
+    for stage in task.stages:
+        stage.begin("parts")
+        stage.loss("parts", {"image": images}, rng(), 0)
+    task.student.decode(task.student.encode(images))
+    assert (task.student.raw(images) - seen[0]).abs().max() > 0.1
+    for drawn_from in seen[:-1]:
+        assert_close(drawn_from, seen[-1])
 
 
 def test_a_frozen_space_still_trains_the_rae_decoder():

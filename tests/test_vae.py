@@ -208,6 +208,13 @@ def trained(tmp_path_factory):
     return train(load("recon", None, [*SETTINGS, f"run={folder}"])).parent
 
 
+@pytest.mark.parametrize(("widths", "groups"), [((32, 64), 8), ((128, 256, 512), 32), ((18, 18), 2), ((2, 4), 1)])
+def test_norms_are_over_groups_of_channels(widths, groups):
+    """With a group for each channel, training stayed at the mean picture."""
+    norms = [m for m in build(4, widths, 1).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {groups}
+
+
 def test_a_small_vae_learns_from_scratch_and_is_loaded_as_a_latent_space(trained):
     model, log = umm.load(trained), Run(trained).read_log()
     space = VAE.from_config(VAESettings(weights=str(trained), image_size=16))
@@ -217,6 +224,12 @@ def test_a_small_vae_learns_from_scratch_and_is_loaded_as_a_latent_space(trained
     l1 = [row[key] for row in (log[0], log[-1]) for key in row if key.endswith(".l1")]
     assert l1[-1] < 0.85 * l1[0]
     assert space.identity() != VAE.tiny(image_size=16, widths=[8, 16]).identity()
+
+
+def test_a_vae_in_training_is_no_encoder_to_compare_pictures_by(tmp_path):
+    overrides = [f"run={tmp_path}" if s == "recon.perceptual.name=none" else s for s in SETTINGS]
+    with pytest.raises(ConfigError, match="an encoder that stays as it is, and this space has none"):
+        train(load("recon", None, [*overrides, "recon.perceptual.name=encoder", "recon.perceptual.layers=[0]"]))
 
 
 def test_a_generator_reads_a_vae_that_was_trained_here(trained, tmp_path):

@@ -51,9 +51,6 @@ def training_data(config: DictConfig, space: LatentSpace, accelerator: Accelerat
     check_trained(config, space)
     if config.cache.dir is None:
         return source
-    if space.stages or not space.per_picture:
-        reason = "are trained now" if space.stages else "depend on their batch"
-        raise ConfigError(f"latents of {config.latent.name} cannot be cached, they {reason}: set cache.dir=null.")
     if config.data.crop != "center":
         raise ConfigError("a latent cache holds centre crops: set data.crop=center, or cache.dir=null.")
     if config.data.flip and not config.cache.flip:
@@ -113,7 +110,15 @@ def cache_folder(config: DictConfig, space: LatentSpace, source: DataSource) -> 
 
 
 def open_cache(config: DictConfig, space: LatentSpace, source: DataSource, accelerator: Accelerator):
-    """The latent cache of a source; its missing part is encoded first, shared by all processes."""
+    """The latent cache of a source; its missing part is encoded first, shared by all processes.
+
+    Raises:
+        ConfigError: the latents are of networks that nobody has trained, or depend on their batch.
+    """
+    if space.stages or not space.per_picture:
+        why = "are trained now" if space.stages else "depend on their batch"
+        instead = ", or latent.weights=<its finished run>" if space.stages else ""
+        raise ConfigError(f"latents of {config.latent.name} cannot be cached, they {why}: set cache.dir=null{instead}.")
     settings, folder = settings_of(config.cache), cache_folder(config, space, source)
     total = None if source.streaming else len(source)
     enabled, what = accelerator.is_main_process, f"encoding {source.split}"

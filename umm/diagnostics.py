@@ -78,7 +78,11 @@ def effective_rank(lam: Tensor) -> Tensor:
 
 
 def components_for(lam: Tensor, share: float = 0.9) -> Tensor:
-    """R_share: how many leading components hold that share of the variance, 1 .. C (2609.28473 for 0.9)."""
+    """R_share: how many leading components hold that share of the variance, 1 .. C.
+
+    Published R_90 (arXiv 2609.28473) are of tokens scaled to length 1 and then centred; here tokens keep their lengths,
+    so numbers agree where lengths do, as after a layer norm.
+    """
     held = lam.cumsum(-1) / lam.sum(-1, keepdim=True)
     return (held < share - 1e-12).sum(-1) + 1
 

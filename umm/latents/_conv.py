@@ -17,9 +17,17 @@ from umm.layers import grid_of, tokens_of
 from umm.settings import ConvDecoderSettings
 
 
+def groups_of(channels: int) -> int:
+    """32, or the most, a power of two, that divide the channels into four or more each.
+
+    Groups of one channel are an instance norm, which takes flat colours away.
+    """
+    most = min(32, max(1, channels // 4))
+    return math.gcd(channels, 1 << (most.bit_length() - 1))
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, fewer where they would have less than four channels."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels, eps=1e-6)
+    return nn.GroupNorm(groups_of(channels), channels, eps=1e-6)
 
 
 def conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -79,9 +87,11 @@ class ConvDecoder(nn.Module):
         super().__init__()
         levels = len(settings.multipliers)
         if 2 ** (levels - 1) != spec.patch:
+            whole = spec.patch.bit_count() == 1
+            fitting = f"give {spec.patch.bit_length()} levels, or" if whole else "no number draws that,"
             raise ConfigError(
                 f"latent.decoder.multipliers has {levels} levels, which draw {2 ** max(levels - 1, 0)} px a token; "
-                f"this latent has {spec.patch} px: give {spec.patch.bit_length()} levels, or another encoder_size."
+                f"this latent has {spec.patch} px: {fitting} choose another encoder_size."
             )
         widths = [settings.width * multiplier for multiplier in reversed(settings.multipliers)]
         x = widths[0]

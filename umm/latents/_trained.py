@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from umm.config import flatten
 from umm.errors import ConfigError, MissingWeights
 from umm.latents._stats import load_stats
 from umm.latents.base import Features, LatentSpace
@@ -25,6 +26,8 @@ from umm.registry import find
 from umm.rng import PictureRNG, seeded_init
 from umm.runs import reading
 from umm.settings import PretrainedSettings, TrainedSettings
+
+FREE = ("normalizer", "stats_images", "encode_batch")  # settings of a finished space that may still be chosen
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class TrainedSpace(LatentSpace):
     """
 
     base: LatentSpace
+    resizes = False  # its lessons are about pictures of other sizes too
 
     def __init__(self, settings: TrainedSettings, base: LatentSpace):
         super().__init__()
@@ -96,8 +100,9 @@ class TrainedSpace(LatentSpace):
                 f"{config.name} and {config.image_size}: make them equal."
             )
         saved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Config), latent))
+        check_unchanged(config, saved, folder)
         same = saved.normalizer == config.normalizer
-        asked = {key: getattr(config, key) for key in ("normalizer", "stats_images", "encode_batch")}
+        asked = {key: getattr(config, key) for key in FREE}
         space = cls.fresh(replace(saved, **asked))
         space.load_own_state(own)
         if same:
@@ -186,6 +191,21 @@ class TrainedSpace(LatentSpace):
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Undo `memory`."""
+
+
+def check_unchanged(config: TrainedSettings, saved: TrainedSettings, folder: Path) -> None:
+    """Refuse settings that a finished run has otherwise: they would not be heard."""
+    default, trained = (dict(flatten(asdict(each))) for each in (type(config)(), saved))
+    for key, value in flatten(asdict(config)):
+        free = key in FREE or key in ("weights", "stats")
+        if not free and value not in (default.get(key), trained.get(key)):
+            raise ConfigError(f"latent.{key}={value} is not what {folder} has, {trained.get(key)}: leave it out.")
+
+
+def refuse_layers(settings: TrainedSettings, instead: str) -> None:
+    """Refuse blocks of the encoder where they would not be heard."""
+    if settings.encoder.layers != PretrainedSettings().layers:
+        raise ConfigError(f"latent.encoder.layers={settings.encoder.layers} would not be heard: {instead}.")
 
 
 def build_base(settings: PretrainedSettings, image_size: int) -> LatentSpace:

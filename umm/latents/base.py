@@ -5,7 +5,6 @@ B batch, C channels, h w latent grid, H W image, D feature width, N = h * w toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,11 +45,6 @@ class LatentSpec:
     def patch(self) -> int:
         """Pixels of a picture's side that one token stands for."""
         return self.image_size // self.height
-
-    @property
-    def shift(self) -> float:
-        """Dimension-dependent time shift sqrt(dim / 4096) (RAE, arXiv 2510.11690, section 4)."""
-        return math.sqrt(self.dim / 4096)
 
 
 class RunningStats:
@@ -167,6 +161,13 @@ class Normalizer(nn.Module):
             return z
         return z * (self.var + self.eps).sqrt() + self.mean
 
+    def restored(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) as `undo` gives them back: themselves, but on the sphere, where lengths are lost.
+
+        A decoder that learned other lengths than it is given later would draw worse.
+        """
+        return self.undo(self(z)) if self.mode == "sphere" else z
+
     def adapted(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) as a decoder reads them: moved where an adapter moves latents, else themselves."""
         return z
@@ -206,6 +207,11 @@ class LatentSpace(nn.Module):
     def tiny(cls, **changes) -> LatentSpace:
         """A space with random weights that builds in milliseconds, for tests."""
         raise NotImplementedError
+
+    @classmethod
+    def cacheable(cls, config) -> bool:
+        """Whether latents of such settings can be kept: `per_picture`, known before anything is built."""
+        return cls.per_picture
 
     def raw(self, images: Tensor) -> Tensor:
         """images -> latents in the encoder's own units."""

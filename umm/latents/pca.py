@@ -95,10 +95,6 @@ class PCA(LatentSpace):
             raise UmmError("this PCA space has no basis: set latent.basis to the file that umm diagnose writes.")
         return torch.einsum("kc,bchw->bkhw", self.components, self.base.encode(images).float())
 
-    def lift(self, raw: Tensor) -> Tensor:
-        """Raw (B, k, h, w) -> the base's standardised latents (B, K, h, w) nearest to them."""
-        return torch.einsum("kc,bkhw->bchw", self.components, raw)
-
     def features(self, images: Tensor, layers: tuple[int, ...] | None = None) -> Features | list[Features]:
         """The base's."""
         return self.base.features(images, layers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from umm.errors import ConfigError
 from umm.latents._conv import ConvDecoder
-from umm.latents._trained import Lesson, Stage, TrainedSpace
+from umm.latents._trained import Lesson, Stage, TrainedSpace, refuse_layers
 from umm.latents.base import LatentSpec, Normalizer, check_images
 from umm.latents.dinov2 import DINOv2
 from umm.layers import ViTBlock, grid_of, tokens_of
@@ -43,11 +43,17 @@ class SVG(TrainedSpace):
         settings = SVGSettings(**small | changes)
         return cls(settings, DINOv2.tiny(image_size=settings.image_size, normalizer="none"))
 
+    @classmethod
+    def cacheable(cls, config: SVGSettings) -> bool:
+        return config.scalars == "frozen"
+
     def make(self) -> None:
         settings, base = self.settings, self.base.spec
+        if settings.tokens == "features":
+            refuse_layers(settings, "latent.tokens=features reads the last one, set latent.tokens=raw for others")
         self.spec = replace(base, channels=base.channels + settings.channels)
         self.normalizer = Normalizer(self.spec.shape, settings.normalizer)
-        self.per_picture = settings.scalars == "frozen"
+        self.per_picture = self.cacheable(settings)
         self.residual = Residual(settings, base)
         self.decoder = ConvDecoder(self.spec, settings.decoder)
 

@@ -7,6 +7,7 @@
 
 The published fourth stage (a patch discriminator with feature matching in place of reconstruction) is not here, nor is
 the rescaling of pictures. The shallowest level is a block's output, where the original reads the patch embedding.
+Pictures are enlarged to the encoder's size bicubically, as for every encoder here, and not bilinearly.
 
 B batch, C latent channels, D encoder width, h w latent grid, N = h * w tokens, m merged positions, H W image.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from umm import losses
 from umm.errors import ConfigError
 from umm.latents._pyramid import AttentionProjection, Pyramid
-from umm.latents._trained import Lesson, Stage, TrainedSpace
+from umm.latents._trained import Lesson, Stage, TrainedSpace, refuse_layers
 from umm.latents.base import Normalizer, check_images
 from umm.latents.dinov2 import DINOv2
 from umm.layers import grid_of, tokens_of
@@ -49,6 +50,7 @@ class VFMVAE(TrainedSpace):
 
     def make(self) -> None:
         settings, base = self.settings, self.base.spec
+        refuse_layers(settings, "latent.levels says which blocks are read")
         if base.height % settings.merge:
             raise ConfigError(f"latent.merge={settings.merge} does not divide the encoder's {base.height} rows.")
         grid = {"height": base.height // settings.merge, "width": base.width // settings.merge}
@@ -56,6 +58,7 @@ class VFMVAE(TrainedSpace):
         self.normalizer = Normalizer(self.spec.shape, settings.normalizer)
         self.projection = Projection(settings, base.channels)
         self.decoder = Pyramid(self.spec, settings.decoder)
+        self.resizes = settings.equivariance > 0
 
     @property
     def parts(self) -> dict[str, nn.Module]:
