@@ -13,9 +13,9 @@ from fakes.space import Patches
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from umm.battery import QUESTIONS
+from umm.battery import QUESTIONS, Battery
 from umm.cli import cli
-from umm.diagnose import Request, diagnose
+from umm.diagnose import Request, diagnose, read_results
 from umm.errors import ConfigError, UmmError
 from umm.latents.base import RunningStats
 from umm.latents.pca import PCA, principal_basis, save_basis
@@ -60,6 +60,30 @@ def test_a_space_is_measured_and_stands_beside_another(tmp_path):
     assert "patches was measured with other images" in told
 
 
+def test_results_of_folders_with_one_name_stand_beside_each_other(tmp_path):
+    for name in ("a", "b"):
+        measured(tmp_path / name / "space", FAKES)
+    against = [str(tmp_path / name / "space") for name in "ab"]
+    assert list(read_results(against, "other")) == ["a/space", "b/space"]
+    assert list(read_results(against[:1], "other")) == ["space"]
+    assert list(read_results(against[:1], "space")) == ["a/space"]
+    told, _ = measured(tmp_path / "c" / "space", FAKES, against=against)
+    assert told.splitlines()[0].split()[4:8] == ["white", "noise", "a/space", "b/space"]
+
+
+def test_the_tails_of_a_space_are_the_median_of_absolute_kurtoses():
+    """Half of the channels have tails lighter than a Gaussian's, half heavier: signed, they would cancel."""
+    draw = torch.Generator().manual_seed(0)
+    flat = torch.rand(200, 4, 8, 8, generator=draw, dtype=torch.float64)  # excess kurtosis -1.2
+    signs = 2 * torch.rand(flat.shape, generator=draw).round() - 1
+    heavy = torch.empty_like(flat).exponential_(generator=draw) * signs
+    battery = Battery(0)
+    battery.channels(torch.cat([flat, heavy], 1), "raw")  # Laplace: 3
+    found = {row["metric"]: row["value"] for row in battery.numbers}
+    assert found["kurtosis"] == pytest.approx(1.2, abs=0.05)  # the lower of the two in the middle
+    assert min(battery.curves["kurtosis raw"]) < -1 and max(battery.curves["kurtosis raw"]) > 2
+
+
 def test_the_same_command_gives_the_same_numbers(tmp_path):
     first, second = (measured(tmp_path / name, FAKES)[1] for name in ("a", "b"))
     assert first["numbers"] == second["numbers"] and first["curves"] == second["curves"]
@@ -94,7 +118,8 @@ def test_the_components_of_the_training_pictures_are_a_space(tmp_path):
         assert space.spec.shape == (k, 4, 4)
         covariance = z.transpose(0, 1).flatten(1).double().cov(correction=0)
         assert_close(covariance / covariance[0, 0], torch.diag(lam[:k] / lam[0]), atol=1e-5, rtol=0)
-        lost = (space.lift(z) - whole).square().sum() / whole.square().sum()
+        lifted = torch.einsum("kc,bkhw->bchw", space.components, z)
+        lost = (lifted - whole).square().sum() / whole.square().sum()
         assert lost == pytest.approx(float(1 - lam[:k].sum()), abs=1e-5)
 
 

@@ -149,7 +149,7 @@ class Battery:
         kurtosis = cloud.excess_kurtosis(var, fourth)
         norms = cloud.token_norms(z)
         self.each("hoyer", coordinates, cloud.hoyer(z))
-        self.whole("kurtosis", coordinates, kurtosis.nanmedian(-1).values, len(z))
+        self.whole("kurtosis", coordinates, kurtosis.abs().nanmedian(-1).values, len(z))
         self.whole("kurtosis_95th", coordinates, kurtosis.nanquantile(0.95, -1), len(z))
         self.whole("outlier_channels", coordinates, cloud.outlier_channels(var), len(z))
         self.whole("top6_share", coordinates, cloud.top_share(var), len(z))

@@ -43,7 +43,7 @@ from umm.rng import PictureRNG, generator
 from umm.runs import Run, provenance, reading, write_atomic, writing
 from umm.subjects import of_latent
 
-FORMAT = 1  # raised when a number's definition changes
+FORMAT = 2  # raised when a number's definition changes
 SECTIONS = ("seed", "data", "latent", "cache", "train")  # of a configuration; the rest belongs to tasks
 SAME = ("format", "data", "images", "few", "seed", "features")  # facts that comparable results share
 SHOWN = 6  # rows of a picture grid
@@ -68,7 +68,7 @@ class Request:
 
 def diagnose(request: Request) -> str:
     """Measure, write, and return the table."""
-    others = dict(map(read_result, request.against))
+    others = read_results(request.against, Path(request.out).name)
     config = read_config(request)
     accelerator = Accelerator(cpu=config.train.device == "cpu")
     model = open_model(request.run, config, accelerator)
@@ -146,17 +146,26 @@ def complete_cache(config: DictConfig, space: LatentSpace, source: DataSource) -
         return None
 
 
-def read_result(name: str) -> tuple[str, dict]:
-    """(name, content) of a diagnose.json or of the folder that holds one.
+def read_results(names: Sequence[str], taken: str) -> dict[str, dict]:
+    """{name: content} of diagnose.json files, or of the folders that hold them.
+
+    They are named by their folders, with as many folders before them as tell them apart, also from the name `taken`.
 
     Raises:
         UmmError: there is none.
     """
-    file = Path(name) / "diagnose.json" if Path(name).is_dir() else Path(name)
-    with reading(file, "give a diagnose.json of umm diagnose, or its folder, to --against"):
-        result = json.loads(file.read_text())
-        result["numbers"], result["curves"]  # what every result has
-    return file.resolve().parent.name, result
+    found = {}
+    for name in names:
+        file = Path(name) / "diagnose.json" if Path(name).is_dir() else Path(name)
+        with reading(file, "give a diagnose.json of umm diagnose, or its folder, to --against"):
+            result = json.loads(file.read_text())
+            result["numbers"], result["curves"]  # what every result has
+        place = file.resolve()
+        found[(place.parent if place.name == "diagnose.json" else place.with_suffix("")).parts] = result
+    for depth in itertools.count(1):
+        short = {"/".join(parts[-depth:]): result for parts, result in found.items()}
+        if len(short) == len(found) and not short.keys() & {taken, "white noise"}:
+            return short
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
