@@ -90,7 +90,8 @@ class Und(Task):
         with seeded_init(self.seed, self.name, "reader"):
             if self.settings.reader == "linear":
                 return LinearReader(self.space.spec, self.classes, width)
-            return AttentiveReader(self.space.spec, self.classes, width, self.settings.attentive.heads)
+            attentive = self.settings.attentive
+            return AttentiveReader(self.space.spec, self.classes, width, attentive.heads, attentive.width)
 
     def build_trunk(self) -> TrunkReader:
         dit, block = self.build_dit(), self.settings.block

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 import umm
 from umm.config import load
-from umm.errors import DataError, MissingHead, UmmError
+from umm.errors import ConfigError, DataError, MissingHead, UmmError
 from umm.evaluate import evaluate_run
+from umm.heads.attentive import AttentiveReader
 from umm.heads.dit import DiT
+from umm.latents.base import LatentSpec
 from umm.runs import Run
 from umm.tasks.und import Und, class_records, read_parts, require_known
 from umm.train import train
@@ -66,6 +68,17 @@ def test_classify_gives_the_probabilities_that_evaluation_counts(settings):
     assert found["value"] == pytest.approx(float(right.float().mean()))
     assert model.head("und").classes == ["dark", "middle", "light"]
     torch.testing.assert_close(model.classify(images[:1]), answers[:1])
+
+
+def test_a_reader_of_a_width_of_its_own_is_as_large_for_every_latent(settings):
+    readers = [AttentiveReader(LatentSpec(channels, 2, 2, 16), ["a", "b"], inner=128) for channels in (16, 384)]
+    rest = [reader.parameter_count() - 128 * (reader.spec.channels + 1) for reader in readers]
+    assert rest[0] == rest[1] and readers[0].heads == 2
+    run = trained(settings, "und.reader=attentive", "und.attentive.width=24", "und.attentive.heads=3")
+    reader = umm.load(run.folder).head("und")
+    assert tuple(reader.enter.weight.shape) == (24, 12) and reader.heads == 3
+    with pytest.raises(ConfigError, match=r"und.attentive.width.* must be at least 1"):
+        load("und", None, ["und.attentive.width=0"])
 
 
 def test_a_trunk_is_trained_read_and_saved(settings):

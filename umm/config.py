@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, ConfigTypeError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from umm import settings as schemas
 from umm.errors import ConfigError, UnknownName, nearest
@@ -59,7 +59,7 @@ BOUNDS = {
     "joint.adapter.teacher": (0, None),
     "und.limit": (1, None),
     "und.time": (0, 1),
-    "und.attentive.heads": (1, None),
+    "und.attentive.*": (1, None),
     "und.vqa.width": (1, None),
     "und.vqa.heads": (1, None),
     "und.vqa.answers": (2, None),
@@ -202,7 +202,7 @@ def merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
     """`layer` on top of `config`; what does not fit is an error that names `source`."""
     try:
         return OmegaConf.merge(config, layer)
-    except (ConfigKeyError, ValidationError, ConfigTypeError, OmegaConfBaseException) as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a map belongs
         raise ConfigError(explain(config, layer, source, error)) from error
 
 
@@ -216,11 +216,11 @@ def explain(config: DictConfig, layer: DictConfig, source: str, error: Exception
         if known is None or (leaf not in known and not is_free(known)):
             return f"unknown setting '{key}' ({source}).{nearest_setting(config, key)}"
         if isinstance(known.get(leaf), DictConfig) and not isinstance(value, Mapping | None):
-            inside = ", ".join(f"{key}.{name}" for name in list(known[leaf])[:4])
+            inside = ", ".join(f"{key}.{name}" for name in list(known[leaf])[:4]) or f"{key}: {{name: ...}}"
             return f"'{key}' ({source}) is a section, not a value: set e.g. {inside}."
         try:
             OmegaConf.merge(config, OmegaConf.create(nest(key, value)))
-        except OmegaConfBaseException as wrong:
+        except (OmegaConfBaseException, TypeError) as wrong:
             expected = type_of(known, leaf)
             return f"'{key}' ({source}) must be {expected}, got {value!r}: {str(wrong).splitlines()[0]}."
     return f"{source}: {str(error).splitlines()[0]}"

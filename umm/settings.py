@@ -490,6 +490,7 @@ class AttentiveSettings:
 
     name: str = "attentive"
     heads: int | None = None  # of the attention; None: each at least 64 channels wide
+    width: int | None = None  # of the reader, behind a linear map of the tokens; None: as wide as they are, no such map
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The attentive probe: what a single query can gather from all tokens (V-JEPA, arXiv 2404.08471, appendix C).
 
-B batch, h w grid, N = h * w tokens, D width, H heads, K classes.
+B batch, h w grid, N = h * w tokens, D width of the tokens (`inner` where it is given), H heads, K classes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,29 @@ class AttentiveReader(Head):
     Without V-JEPA's MLP, so that what is read must be in the tokens.
 
     Args:
-        heads: of the attention; None: see `default_heads`.
-        width: D; None: the latent's channels.
         classes: their names.
+        width: D; None: the latent's channels.
+        heads: of the attention; None: see `default_heads`.
+        inner: width of all this, behind a linear map of the tokens; None: D, without one.
     """
 
     Config = AttentiveSettings
 
-    def __init__(self, spec: LatentSpec, classes: Sequence[str], width: int | None = None, heads: int | None = None):
+    def __init__(
+        self,
+        spec: LatentSpec,
+        classes: Sequence[str],
+        width: int | None = None,
+        heads: int | None = None,
+        inner: int | None = None,
+    ):
         super().__init__()
-        width = width or spec.channels
+        given = width or spec.channels
+        width = inner or given
         self.spec, self.classes, self.heads = spec, list(classes), heads or default_heads(width)
         if width % self.heads:
             raise ConfigError(f"attentive.heads={self.heads} does not divide the width {width} of the tokens.")
+        self.enter = nn.Identity() if inner is None else nn.Linear(given, inner)
         self.norm = nn.LayerNorm(width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
         self.key = nn.Linear(width, width, bias=False)  # a bias would add the same to every token's score
@@ -49,7 +59,7 @@ class AttentiveReader(Head):
 
     @classmethod
     def from_config(cls, config: AttentiveSettings, spec: LatentSpec, **facts) -> AttentiveReader:
-        return cls(spec, facts["classes"], facts.get("width"), config.heads)
+        return cls(spec, facts["classes"], facts.get("width"), config.heads, config.width)
 
     @classmethod
     def tiny(cls, spec: LatentSpec) -> AttentiveReader:
@@ -58,7 +68,7 @@ class AttentiveReader(Head):
 
     def forward(self, latents: Tensor) -> Tensor:
         """With one query, key and value maps can be applied to it and to what it gathers, not to every token."""
-        tokens = self.norm(tokens_of(latents))  # (B, N, D)
+        tokens = self.norm(self.enter(tokens_of(latents)))  # (B, N, D)
         of_head = (self.heads, -1, tokens.shape[2])
         queries = torch.einsum("hd,hdw->hw", self.query.unflatten(0, of_head[:2]), self.key.weight.view(of_head))
         scores = tokens @ queries.T / math.sqrt(tokens.shape[2] // self.heads)  # (B, N, H)
