@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,13 +17,16 @@ from omegaconf import OmegaConf
 from umm.cli import cli
 from umm.compare import Declaration, read_declaration
 from umm.compare_plots import limits
-from umm.compare_report import analyse, report
-from umm.compare_run import all_jobs, chained, kind_of, perform_space, run_compare, warnings_of
+from umm.compare_report import analyse, apart, budget, report
+from umm.compare_run import all_jobs, as_it_is, chained, kind_of, perform_space, run_compare, warnings_of
+from umm.config import read_yaml
+from umm.declared import configuration
 from umm.errors import ConfigError, UmmError
+from umm.judging import Records
 from umm.latents.pixels import Pixels
 from umm.latents.svg import SVG
 from umm.latents.vae import VAE
-from umm.many_runs import Job, keep, results
+from umm.many_runs import Counted, Job, Meter, keep, results
 from umm.registry import find
 from umm.runs import Run
 from umm.stats import t_interval
@@ -65,6 +70,10 @@ def comparison(place: Path, **changes) -> dict:
         },
         "columns": COLUMNS,
     } | changes
+
+
+def gen_column(**changes) -> dict:
+    return {"columns": {"FD": {"part": "gen", "metric": "fd", "space": "wavelet"} | changes}}
 
 
 def written(place: Path, **changes) -> Path:
@@ -127,6 +136,20 @@ def test_a_space_s_own_settings_go_before_a_stage_s_and_those_before_all_runs(tm
         ({"overrides": {"seed": 3}}, "sets 'seed', which the experiment gives"),
         ({"columns": {"FD": {"metric": "fd"}}}, "column 'FD' must name a part"),
         ({"columns": {"FD": {"part": "joint", "metric": "fd"}}}, "column 'FD': no stage is called 'joint'"),
+        ({"columns": {"FD": {"part": ["gen"], "metric": "fd"}}}, "column 'FD' must name a part and a metric"),
+        (gen_column(metric="fdd"), "column 'FD': no metric of these runs is called 'fdd'. Did you mean 'fd'"),
+        (gen_column(metric="psnr"), "column 'FD': no metric of these runs is called 'psnr'"),
+        (gen_column(space="wavlet"), "no feature space of these runs is called 'wavlet'. Did you mean 'wavelet'"),
+        ({"columns": {"FD": {"part": "gen", "metric": "fd"}}}, "fd is measured in wavelet, latents: say which"),
+        (gen_column(spce="wavelet"), "column 'FD': no field is called 'spce'. Did you mean 'space'"),
+        ({"columns": {"x": {"part": "und", "metric": "acuracy"}}}, "is called 'acuracy'. Did you mean 'accuracy'"),
+        ({"columns": {"x": {"part": "recon", "metric": "psnr", "space": "wavelet"}}}, "psnr is measured in no feature"),
+        ({"columns": ["psnr"]}, "'columns' .*comparison.yaml.* is a section, not a value: set e.g. columns: {name: "),
+        ({"spaces": ["pixels"]}, "'spaces' .*comparison.yaml.* is a section, not a value"),
+        ({"spaces": {"a": {"latent": "dinov2"}}}, "space 'a'.* is a section, not a value: set e.g. latent: {name: "),
+        ({"spaces": {"a": {"latent": {"name": "pixls"}}}}, "yaml: space 'a', recon: .*Did you mean 'pixels'"),
+        ({"spaces": {"a": {"latent": {"name": "svg", "scalars": "batch"}}}}, "space 'a', gen: latents of svg .* batch"),
+        ({"overrides": {"data": {"name": "fakes.shades"}}}, "gen: eval.cached=true needs a place for latents"),
     ],
 )
 def test_a_wrong_declaration_is_a_sentence_before_anything_runs(tmp_path, change, message):
@@ -145,6 +168,7 @@ def test_the_comparisons_that_are_shipped_are_valid(monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(root)  # as PYTHONPATH=. does, for experiments.untrained
     files = sorted((root / "experiments" / "compare").glob("*.yaml"))
+    files = [file for file in files if "spaces" in read_yaml(file)]  # beside them lie configurations that they read
     assert files
     for file in files:
         assert len(read_declaration(file).seeds) >= 3
@@ -261,6 +285,69 @@ def judged(config, crash: str = "", marks: str = "") -> tuple[list[dict], dict]:
     return rival(run.split("/")[-3], config.task, config.seed), {"images": 1}
 
 
+def test_networks_of_a_space_that_is_judged_as_it_is_have_a_conflict_of_interest(tmp_path, declared, monkeypatch):
+    job = next(job for job in all_jobs(declared, tmp_path, 1) if job.group == "pixels")
+    config = configuration("recon", chained(job, "complete")["recon"], "the test")
+    monkeypatch.setattr(Pixels, "families", ("vgg",))
+    monkeypatch.setattr("umm.evaluate.evaluate", lambda model, *_: Records([{"conflict": dict(model.facts)}]))
+    monkeypatch.setattr("umm.evaluate.write", lambda *_: "")
+    rows, _ = as_it_is(config)
+    assert list(rows[0]["conflict"]["trained_with"]) == ["vgg"]
+
+
+# -------------------------------------------------------------------------------------------------------- operations
+
+
+class Products:
+    """A trainer whose n-th step is one matrix product of sizes[n] rows, 128 operations each, and of as many more in
+    an optimiser that starts late."""
+
+    def __init__(self, sizes: list[int], late: int | None = None):
+        module = torch.nn.Linear(1, 1)
+        phases = {"early": SimpleNamespace(start=0, module=module)}
+        phases |= {} if late is None else {"late": SimpleNamespace(start=late, module=module)}
+        self.learners = [SimpleNamespace(key=key, phase=phase) for key, phase in phases.items()]
+        self.sizes, self.step = sizes, 0
+
+    def images_at(self, step: int) -> int:
+        return step
+
+    def train_step(self, micro_batches: dict) -> dict:
+        times = sum(self.step >= one.phase.start for one in self.learners)
+        for _ in range(times):
+            torch.ones(self.sizes[self.step], 8) @ torch.ones(8, 8)
+        self.step += 1
+        return {}
+
+    def metered(self) -> int:
+        meter = Meter(self)
+        for _ in self.sizes:
+            self.train_step({"recon": []})
+        return meter.total
+
+
+def test_an_optimiser_that_starts_late_is_counted():
+    assert Products([3] * 60, late=50).metered() == 128 * 3 * (60 + 10)
+
+
+def test_steps_of_random_cost_are_counted_by_their_mean():
+    sizes = np.random.default_rng(0).integers(1, 17, 800).tolist()
+    assert Products(sizes).metered() == pytest.approx(128 * sum(sizes), rel=0.05)
+
+
+def test_a_cost_that_changes_within_a_run_is_noticed():
+    total = 128 * (100 * 2 + 100 * 6)
+    assert Products([2] * 100 + [6] * 100).metered() == pytest.approx(total, abs=128 * 4 * Meter.SELDOM)
+
+
+def test_steps_that_cost_the_same_are_seldom_counted(monkeypatch):
+    counted = []
+    monkeypatch.setattr("umm.many_runs.Counted.count", lambda kind, flops, plain=Counted.count: (
+        counted.append(flops), plain(kind, flops)))  # fmt: skip
+    assert Products([3] * 320).metered() == 128 * 3 * 320
+    assert len(counted) == 8 + 9, "eight to be sure, then every 32nd"
+
+
 # ------------------------------------------------------------------------------------------------------------ reports
 
 
@@ -312,10 +399,59 @@ def test_a_judge_with_a_conflict_of_interest_is_named(tmp_path, declared):
 
 
 def test_a_column_that_no_row_has_is_one_sentence(tmp_path):
-    columns = {"LPIPS": {"part": "recon", "metric": "lpips"}}
-    declared = read_declaration(written(tmp_path, columns=columns))
-    with pytest.raises(UmmError, match=r"column 'LPIPS': 0 rows have .* There are: accuracy, fd \(wavelet\), psnr"):
+    made = comparison(tmp_path, columns={"SSIM": {"part": "recon", "metric": "ssim"}})
+    made["stages"]["recon"]["eval"]["metrics"].append("ssim")
+    declared = read_declaration(written(tmp_path, columns=made["columns"], stages=made["stages"]))
+    with pytest.raises(UmmError, match=r"column 'SSIM': 0 rows have .* There are: accuracy, fd \(wavelet\), psnr"):
         analyse(done(tmp_path / "out", declared))
+
+
+def test_a_report_before_anything_is_finished_is_one_sentence(tmp_path, declared):
+    declared.seal(tmp_path / "out")
+    with pytest.raises(UmmError, match="nothing is finished yet"):
+        report(tmp_path / "out")
+
+
+def test_what_is_not_finite_is_named_and_left_out(tmp_path, declared):
+    folder = done(tmp_path / "out", declared)
+    for name, seeds in (("vae", [0]), ("pixels", [0, 1])):
+        for seed in seeds:
+            file = folder / name / f"seed{seed}" / "result.json"
+            result = json.loads(file.read_text())
+            result["rows"][1]["value"] = float("inf")
+            file.write_text(json.dumps(result))
+    found = analyse(folder)
+    assert "Not finite and left out of gFD: pixels seed 0, pixels seed 1, vae seed 0." in found["said"]
+    spaces = found["columns"]["gFD"]["spaces"]
+    assert list(spaces["vae"]["per_seed"]) == [1] and spaces["pixels"]["mean"] is None
+    assert "| pixels | 3 x 4 x 4 |" in report(folder), "plots too"
+
+
+def test_a_space_with_too_few_seeds_is_not_said_to_be_told_apart(tmp_path, declared):
+    folder = done(tmp_path / "out", declared)
+    (folder / "vae" / "seed1" / "result.json").unlink()
+    said = next(text for text in analyse(folder)["said"] if text.startswith("gFD"))
+    assert said.endswith("not tested, for want of two seeds in common: vae.") and "all others" not in said
+
+
+def test_a_budget_of_its_own_is_not_called_the_same(tmp_path):
+    made = comparison(tmp_path)
+    del made["overrides"]["train"]["images"]
+    made["stages"]["gen"]["train"] = {"images": 7}
+    made["spaces"]["patches"]["stages"] = {"gen": {"train": {"images": 5}}}
+    said = budget(read_declaration(written(tmp_path, **{key: made[key] for key in ("overrides", "stages", "spaces")})))
+    assert said.startswith("Every space but patches (see below) has the same budget")
+    assert f"a decoder {16 * 1_281_167} pictures, a generator 7 pictures" in said
+
+
+def test_equal_spaces_are_seldom_told_apart():
+    """The best is chosen by the values it is tested with: corrected for the others alone, one in ten has a 'winner'."""
+    draw, wrong, runs = np.random.default_rng(0), 0, 300
+    for _ in range(runs):
+        values = {str(i): dict(enumerate(row)) for i, row in enumerate(draw.normal(size=(6, 4)))}
+        spaces = {name: {"per_seed": seeds, "mean": np.mean(list(seeds.values()))} for name, seeds in values.items()}
+        wrong += any(p < 0.05 for p in apart(spaces, higher=True)["p"].values())
+    assert wrong / runs <= 0.05, wrong / runs
 
 
 def test_a_folder_that_is_no_comparison_is_one_sentence(tmp_path):

@@ -6,15 +6,20 @@ this is its training), a generator (`gen`) and a probe (`und`), each an ordinary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from omegaconf import DictConfig
+
 from umm.config import flatten, read_yaml
 from umm.declared import Declared, check_free, check_name, configuration, known, listed, typed
-from umm.errors import ConfigError
+from umm.errors import ConfigError, UnknownName
+from umm.registry import find
 
 STAGES = ("recon", "gen", "und")  # tasks, in this order
+FIELDS = ("part", "metric", "space")  # of a column
 BY_COMPARISON = ("gen.decoder", "latent")  # settings beside those of every experiment that it gives or keeps apart
 TAKEN = ("report",)
 
@@ -84,21 +89,81 @@ def check(declared: Declaration, file: str | Path) -> None:
     if STAGES[0] not in declared.stages:
         raise ConfigError(f"{file}: stages needs {STAGES[0]}: what becomes of a latent is judged as a picture.")
     refuse_own(declared.overrides, f"{file}: overrides")
-    for name, space in declared.spaces.items():
-        where = f"{file}: space '{name}'"
-        check_name(name, where, TAKEN)
-        if "name" not in space.latent:
-            raise ConfigError(f"{where}: say which with latent: {{name: dinov2, ...}}.")
-        check_stages(space.stages, where)
-        for stage in space.stages:
-            known(stage, declared.stages, where, "stage")
-        for stage in declared.stages:
-            configuration(stage, declared.settings(name, stage), f"{where}, {stage}")
+    configs: dict[str, list[DictConfig]] = {stage: [] for stage in declared.stages}
+    for name in declared.spaces:
+        for stage, config in check_space(declared, name, f"{file}: space '{name}'").items():
+            configs[stage].append(config)
     for name, row in declared.columns.items():
-        if not isinstance(row, dict) or not {"part", "metric"} <= row.keys():
-            raise ConfigError(f"{file}: column '{name}' must name a part and a metric, e.g. {{part: recon, metric: "
-                              "psnr}.")  # fmt: skip
-        known(row["part"], declared.stages, f"{file}: column '{name}'", "stage")
+        check_column(row, configs, f"{file}: column '{name}'")
+
+
+def check_space(declared: Declaration, name: str, where: str) -> dict[str, DictConfig]:
+    """{stage: configuration} of a space's runs, once there is nothing to refuse."""
+    space = declared.spaces[name]
+    check_name(name, where, TAKEN)
+    if "name" not in space.latent:
+        raise ConfigError(f"{where}: say which with latent: {{name: dinov2, ...}}.")
+    check_stages(space.stages, where)
+    for stage in space.stages:
+        known(stage, declared.stages, where, "stage")
+    configs = {}
+    for stage in declared.stages:
+        try:
+            configs[stage] = configuration(stage, declared.settings(name, stage), f"{where}, {stage}")
+        except UnknownName as error:
+            raise UnknownName(f"{where}, {stage}: {error}") from error
+        check_cache(configs[stage], f"{where}, {stage}")
+    return configs
+
+
+def check_cache(config: DictConfig, where: str) -> None:
+    """Refuse a generator or a probe whose latents cannot be kept as it wants them kept."""
+    name, place = config.latent.name, config.cache.dir
+    if config.task == STAGES[0]:  # where a space is trained, it reads pictures
+        return
+    if place is not None and not find("latents", name).cacheable(config.latent):
+        raise ConfigError(f"{where}: latents of {name} as it is set depend on their batch, give cache: {{dir: null}}.")
+    if place is None and config.eval.cached:
+        raise ConfigError(f"{where}: eval.cached=true needs a place for latents: set cache.dir, or eval.cached=false.")
+
+
+def check_column(row: Any, configs: dict[str, list[DictConfig]], where: str) -> None:
+    """Refuse a column that no row of some space's run will answer to, or several."""
+    named = isinstance(row, dict) and {"part", "metric"} <= row.keys()
+    if not named or not all(isinstance(value, str) for value in row.values()):
+        raise ConfigError(f"{where} must name a part and a metric, e.g. {{part: recon, metric: psnr}}.")
+    for key in row:
+        known(key, FIELDS, where, "field")
+    known(row["part"], configs, where, "stage")
+    metric, space = row["metric"], row.get("space")
+    for numbers in map(judged, configs[row["part"]]):
+        if numbers is None or metric.startswith("recall of ") or " at latent noise " in metric:
+            continue  # which there are is seen later
+        known(metric, numbers, where, "metric of these runs")
+        spaces = numbers[metric]
+        if space is None and len(spaces) > 1:
+            raise ConfigError(f"{where}: {metric} is measured in {', '.join(spaces)}: say which with space.")
+        if space is not None and not spaces:
+            raise ConfigError(f"{where}: {metric} is measured in no feature space: leave out space.")
+        if space is not None:
+            known(space, spaces, where, "feature space of these runs")
+
+
+def judged(config: DictConfig) -> dict[str, Sequence[str]] | None:
+    """{number: feature spaces it is measured in} of a run's evaluation; None: not known before it."""
+    if config.task == "und":
+        names = ("accuracy", "accuracy of the most frequent class alone")
+        return dict.fromkeys(names, ()) if config.und.kind == "classify" else None
+    spaces, found = [*config.eval.features, *(["latents"] if config.task == "gen" else [])], {}
+    for name in config.eval.metrics:
+        metric = find("metrics", name)
+        numbers = metric.numbers or (f"lpips_{config.eval.lpips}",)  # the one that is named after its network
+        found |= dict.fromkeys(numbers, () if metric.paired else spaces)
+    if config.task == "gen" and config.gen.conditional:
+        found |= dict.fromkeys(("class_agreement", "probe_accuracy"), spaces)
+    if config.task == "recon" and config.eval.baselines:
+        found |= dict.fromkeys(("psnr of the mean picture", "psnr of an untrained decoder"), ())
+    return found
 
 
 def check_stages(stages: dict[str, Any], where: str) -> None:

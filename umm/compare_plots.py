@@ -37,13 +37,20 @@ def panels(columns: dict[str, dict]) -> Figure:
     figure.set_layout_engine("constrained")
     for place, (title, one) in enumerate(columns.items()):
         axes = figure.add_subplot(down, min(ACROSS, len(columns)), place + 1, title=f"{title} {arrow(one)}")
-        inside = limits([space["mean"] for space in one["spaces"].values()])
+        there = measured(one)
+        inside = limits([space["mean"] for space in there.values()])
         for y, name in enumerate(names):
-            draw(axes, y, one["spaces"][name], inside)
+            if name in there:
+                draw(axes, y, there[name], inside)
         axes.set_yticks(range(len(names)), names if place % ACROSS == 0 else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=4)
     return figure
+
+
+def measured(one: dict) -> dict[str, dict]:
+    """The spaces that have this number at all."""
+    return {name: space for name, space in one["spaces"].items() if space["mean"] is not None}
 
 
 def arrow(one: dict) -> str:
@@ -61,7 +68,7 @@ def draw(axes: Axes, y: int, one: dict, inside: tuple[float, float]) -> None:
 
 def limits(values: list[float]) -> tuple[float, float]:
     """(least, greatest) value to draw: without the farthest one where it dwarfs the differences of the others."""
-    ordered = sorted(values)
+    ordered = sorted(values) or [0.0]
     low, high = ordered[0], ordered[-1]
     for rest in (ordered[1:], ordered[:-1]):
         if len(rest) > 1 and high - low > OUTLIER * (rest[-1] - rest[0]) > 0:
@@ -77,9 +84,12 @@ def trade_off(columns: dict[str, dict]) -> tuple[str, str] | None:
 
 def scatter(columns: dict[str, dict], across: str, up: str) -> Figure:
     figure, axes = new_axes(f"{up} {arrow(columns[up])}", f"{across} {arrow(columns[across])}", size=(5.2, 3.6))
-    inside = limits([one["mean"] for one in columns[across]["spaces"].values()])
-    for i, (name, one) in enumerate(columns[across]["spaces"].items()):
-        x, y = min(max(one["mean"], inside[0]), inside[1]), columns[up]["spaces"][name]["mean"]
+    there, high = measured(columns[across]), measured(columns[up])
+    inside = limits([one["mean"] for one in there.values()])
+    for i, (name, one) in enumerate(there.items()):
+        if name not in high:
+            continue
+        x, y = min(max(one["mean"], inside[0]), inside[1]), high[name]["mean"]
         outside = "" if x == one["mean"] else f" ({across} {one['mean']:.3g})"
         axes.plot([x], [y], "o", color=look(i)["color"], markersize=5, markeredgecolor=RULE)
         axes.annotate(name + outside, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)

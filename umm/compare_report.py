@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from umm import seed_stats
 from umm.compare import STAGES, Declaration
 from umm.compare_plots import plots
 from umm.compare_run import ENCODING, warnings_of
+from umm.config import flatten
+from umm.errors import UmmError
 from umm.many_runs import mean_costs, results, row_of
 from umm.sections import Section, measured, number, table, write
+from umm.settings import TrainSettings
 
 ALPHA = 0.05
 LEAD = "Latent spaces under one budget: decoder, generator and probe."
@@ -45,6 +49,8 @@ def analyse(folder: Path) -> dict:
     declared = Declaration.sealed(folder)
     done = {name: results(folder / name, declared.sha256) for name in declared.spaces}
     done = {name: found for name, found in done.items() if found}
+    if not done:
+        raise UmmError(f"{folder}: nothing is finished yet, so there is nothing to report: umm compare run goes on.")
     found = {"about": declared.about, "sha256": declared.sha256, "declaration": asdict(declared)}
     wanted = len(declared.seeds) * len(declared.spaces)
     commits = sorted({str(result.get("commit")) for one in done.values() for result in one.values()})
@@ -67,30 +73,37 @@ def space_facts(declared: Declaration, name: str, done: dict[int, dict]) -> dict
 
 def column(declared: Declaration, name: str, done: dict[str, dict[int, dict]]) -> dict:
     """One number of every space: its values over seeds, the best mean, and which spaces are told apart from it."""
-    wanted, spaces = declared.columns[name], {}
+    wanted, spaces, lost = declared.columns[name], {}, []
     rows = {space: {seed: row_of(result["rows"], wanted, f"column '{name}'") for seed, result in found.items()}
             for space, found in done.items()}  # fmt: skip
     for space, found in rows.items():
-        values = {seed: row["value"] for seed, row in found.items()}
+        values = {seed: row["value"] for seed, row in found.items() if math.isfinite(row["value"])}
+        lost += [f"{space} seed {seed}" for seed in found.keys() - values.keys()]
         spaces[space] = {"per_seed": values, **seed_stats.mean_of(list(values.values()), ALPHA)}
     every = [row for found in rows.values() for row in found.values()]
     higher = every[0].get("higher_is_better") if every else None
     conflicts = sorted({row["conflict"] for row in every if row.get("conflict")})
-    return wanted | {"higher_is_better": higher, "conflicts": conflicts, "spaces": spaces} | apart(spaces, higher)
+    facts = {"higher_is_better": higher, "conflicts": conflicts, "not_finite": sorted(lost), "spaces": spaces}
+    return wanted | facts | apart(spaces, higher)
 
 
 def apart(spaces: dict[str, dict], higher: bool | None) -> dict:
-    """The space with the best mean, and {other space: p of no difference}, paired by seed, Holm over the others."""
-    if higher is None or not spaces:
+    """The space with the best mean, and {other space: p of no difference}: paired by seed, Holm over all pairs.
+
+    Over all pairs and not over those with the best alone: which one is best is read off the same seeds. Spaces with
+    fewer than two seeds in common have no p.
+    """
+    there = [space for space in spaces if spaces[space]["mean"] is not None]
+    if higher is None or not there:
         return {"best": None, "p": {}}
-    best = (max if higher else min)(spaces, key=lambda space: spaces[space]["mean"])
+    best = (max if higher else min)(there, key=lambda space: spaces[space]["mean"])
     p_values = {}
-    for space, found in spaces.items():
-        seeds = [seed for seed in found["per_seed"] if seed in spaces[best]["per_seed"]]
-        if space != best and len(seeds) > 1:
-            differences = [found["per_seed"][seed] - spaces[best]["per_seed"][seed] for seed in seeds]
-            p_values[space] = seed_stats.t_p(np.array(differences))
-    return {"best": best, "p": seed_stats.holm(p_values)}
+    for pair in combinations(there, 2):
+        one, other = (spaces[space]["per_seed"] for space in pair)
+        if len(seeds := sorted(one.keys() & other.keys())) > 1:
+            p_values[pair] = seed_stats.t_p(np.array([one[seed] - other[seed] for seed in seeds]))
+    with_best = {pair: p for pair, p in seed_stats.holm(p_values).items() if best in pair}
+    return {"best": best, "p": {pair[best == pair[0]]: p for pair, p in with_best.items()}}
 
 
 def all_numbers(name: str, done: dict[int, dict]) -> list[dict]:
@@ -115,6 +128,8 @@ def sentences(declared: Declaration, found: dict) -> list[str]:
     if runs["done"] < runs["wanted"]:
         said.append(f"Preliminary: {runs['done']} of {runs['wanted']} are in.")
     said += [standing(name, one) for name, one in found["columns"].items() if one["best"]]
+    said += [f"Not finite and left out of {name}: {', '.join(one['not_finite'])}."
+             for name, one in found["columns"].items() if one["not_finite"]]  # fmt: skip
     said += [f"{name}: {text}" for name, text in found["warnings"].items()]
     said += [f"Conflict of interest in {name}: {'; '.join(one['conflicts'])}."
              for name, one in found["columns"].items() if one["conflicts"]]  # fmt: skip
@@ -137,20 +152,30 @@ def sentences(declared: Declaration, found: dict) -> list[str]:
 
 
 def budget(declared: Declaration) -> str:
-    """What every space was given, in words."""
-    common = {stage: declared.settings(next(iter(declared.spaces)), stage) for stage in declared.stages}
-    name = {"recon": "a decoder", "gen": "a generator", "und": "a probe"}
-    given = [f"{name[stage]} {common[stage].get('train.images')} pictures" for stage in STAGES if stage in common]
-    return f"Every space has the same budget, each stage in batches of equal size: {', '.join(given)}."
+    """What the spaces were given, in words, and which of them were given something else."""
+    given = []
+    for stage, what in {"recon": "a decoder", "gen": "a generator", "und": "a probe"}.items():
+        if stage in declared.stages:
+            settings = dict(flatten(declared.overrides)) | dict(flatten(declared.stages[stage]))
+            given.append(f"{what} {settings.get('train.images', TrainSettings().images)} pictures")
+    own = [name for name in declared.spaces
+           if any(key.startswith("train.") for stage in declared.changed(name).values() for key in stage)]  # fmt: skip
+    who = f"Every space but {', '.join(own)} (see below)" if own else "Every space"
+    return f"{who} has the same budget, each stage in batches of equal size: {', '.join(given)}."
 
 
 def standing(name: str, one: dict) -> str:
-    """The best of a column, and what is not told apart from it."""
-    close = [space for space, p in one["p"].items() if p > ALPHA]
+    """The best of a column, and what is not told apart from it, or not compared."""
+    others = [space for space in one["spaces"] if space != one["best"]]
+    close = [space for space in others if one["p"].get(space, 0) > ALPHA]
+    untested = [space for space in others if space not in one["p"]]
     best = f"{name}: {one['best']} is best ({number(one['spaces'][one['best']]['mean'])})"
     if not one["p"]:
         return f"{best}; one seed tells nothing apart."
-    return f"{best}; " + (f"not told apart from it: {', '.join(close)}." if close else "all others are told apart.")
+    apart = "all that were tested are told apart" if untested else "all others are told apart"
+    said = [f"not told apart from it: {', '.join(close)}" if close else apart]
+    said += [f"not tested, for want of two seeds in common: {', '.join(untested)}"] if untested else []
+    return f"{best}; {'; '.join(said)}."
 
 
 # ---------------------------------------------------------------------------------------------------------- sections

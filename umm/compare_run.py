@@ -190,6 +190,7 @@ def as_it_is(config: DictConfig) -> tuple[list[dict], dict[str, float]]:
     run, accelerator = Run.create(config), Accelerator(cpu=config.train.device == "cpu")
     space = build_space(config.latent).to(accelerator.device)
     fit_normalizer(space, config, training_data(config, space, accelerator), run, accelerator)
-    records = evaluate(UnifiedModel(space, {}), config, accelerator)
+    facts = {"trained_with": dict.fromkeys(space.families, "training of the latent space")}
+    records = evaluate(UnifiedModel(space, {}, facts), config, accelerator)
     write(run, records, config)
     return records.numbers, {"images": 0, "flops": 0, "parameters": 0}

@@ -130,13 +130,18 @@ class Timer:
 
 
 class Meter:
-    """Counts the floating-point operations of a training run: of one step of each mixture of tasks, times its steps.
+    """Counts the floating-point operations of a training run: a step now and then stands for those until the next.
 
-    Matrix products and convolutions, forward and backward, the encoder's too where no cache holds its latents.
+    Matrix products and convolutions, forward and backward, the encoder's too where no cache holds its latents. A kind
+    of step is the tasks and the optimisers that take part. While its counts agree, every `SELDOM`-th step of a kind is
+    counted, else (pictures shrunk at random) every `OFTEN`-th.
     """
 
+    OFTEN, SELDOM = 4, 32
+    SURE = 8  # counts in a row that agree
+
     def __init__(self, trainer):
-        self.train_step, self.flops, self.steps = trainer.train_step, {}, {}
+        self.trainer, self.train_step, self.kinds, self.total = trainer, trainer.train_step, {}, 0
         trained = {id(p): p for one in trainer.learners for p in one.phase.module.parameters() if p.requires_grad}
         self.parameters = sum(p.numel() for p in trained.values())  # in any optimiser
         trainer.train_step = self.counted
@@ -144,18 +149,31 @@ class Meter:
     def counted(self, micro_batches: dict[str, list[dict]]):
         from torch.utils.flop_counter import FlopCounterMode
 
-        mixture = tuple(micro_batches)
-        self.steps[mixture] = self.steps.get(mixture, 0) + 1
-        if mixture in self.flops:
-            return self.train_step(micro_batches)
-        with FlopCounterMode(display=False) as counter:
+        images = self.trainer.images_at(self.trainer.step)
+        at_work = tuple(one.key for one in self.trainer.learners if images >= one.phase.start)
+        kind = self.kinds.setdefault((tuple(micro_batches), at_work), Counted())
+        if kind.steps % (self.SELDOM if kind.agreeing >= self.SURE else self.OFTEN):
             logs = self.train_step(micro_batches)
-        self.flops[mixture] = counter.get_total_flops()
+        else:
+            with FlopCounterMode(display=False) as counter:
+                logs = self.train_step(micro_batches)
+            kind.count(counter.get_total_flops())
+        kind.steps += 1
+        self.total += kind.last
         return logs
 
-    @property
-    def total(self) -> int:
-        return sum(self.flops[mixture] * steps for mixture, steps in self.steps.items())
+
+@dataclass
+class Counted:
+    """Steps of one kind, the operations of the one last counted, and how many counts in a row agreed with it."""
+
+    steps: int = 0
+    last: int = 0
+    agreeing: int = 0
+
+    def count(self, flops: int) -> None:
+        self.agreeing = self.agreeing + 1 if flops == self.last else 1
+        self.last = flops
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
