@@ -136,7 +136,7 @@ class Joint(Task):
 
 
 def again(task: Task) -> Task:
-    """The same networks, under a name that gives other pictures in another order, and other noise."""
+    """The same networks, under a name that gives another order of the same pictures, and other noise."""
     twin = copy.copy(task)
     twin.name = f"{task.name}2"
     return twin
@@ -149,15 +149,17 @@ def check(settings: JointSettings, config: DictConfig) -> None:
         raise ConfigError(f"joint.parts={list(parts)}: name one part or more, each once.")
     if settings.share == "adapter":
         check_adapted(settings, config)
+        refuse_absent(settings)
         refuse_elsewhere(config, EMA_ELSEWHERE, settings.share)
         return
     if settings.adapter != schemas.AdapterSettings():
         raise ConfigError(f"joint.adapter has no effect with joint.share={settings.share}: set joint.share=adapter.")
     if settings.weights.recon != 1 or "recon" in settings.stop:
         raise ConfigError(f"recon shares nothing with joint.share={settings.share}: it has neither weight nor stop.")
+    refuse_absent(settings)
     if settings.share == "nothing":
-        for key in ("balance", "stop", "twice"):
-            if getattr(settings, key):
+        for key in ("balance", "stop", "twice", "weights"):
+            if getattr(settings, key) != getattr(JointSettings(), key):
                 raise ConfigError(f"joint.{key} speaks of what the parts share: set joint.share=trunk.")
         if settings.placebo != "none":
             raise ConfigError("joint.placebo takes the place of a partner: set joint.share=trunk.")
@@ -172,6 +174,19 @@ def check(settings: JointSettings, config: DictConfig) -> None:
     if config.und.kind != "classify":
         raise ConfigError(f"und.kind={config.und.kind} reads latents, not a trunk: set joint.share=nothing.")
     refuse_elsewhere(config, ELSEWHERE, settings.share)
+
+
+def refuse_absent(settings: JointSettings) -> None:
+    """Refuse what speaks of a part that is not there, or of several where there is one."""
+    parts, weighed = settings.parts, [part for part, weight in asdict(settings.weights).items() if weight != 1]
+    shared = [part for part in parts if part != "recon" or settings.share == "adapter"]
+    for key, named in (("stop", settings.stop), ("weights", weighed)):
+        for part in named:
+            if part not in parts:
+                raise ConfigError(f"joint.{key} names {part}, which is not among joint.parts: add it, or leave it out.")
+    for key, there in (("balance", shared), ("sequential", parts)):
+        if getattr(settings, key) and len(there) * (1 + settings.twice) < 2:
+            raise ConfigError(f"joint.{key} has no effect on {', '.join(there)} alone: it needs two of joint.parts.")
 
 
 def refuse_elsewhere(config: DictConfig, elsewhere: dict[str, dict[str, str]], share: str) -> None:

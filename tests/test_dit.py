@@ -42,6 +42,7 @@ def test_a_network_with_classes_begins_as_one_without():
             made.append(DiT(DiT.tiny(SMALL, **changes).config, SMALL, classes).state_dict())
     shared = made[0].keys() - {"label.weight"}
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in shared)
+    assert torch.equal(made[0]["label.weight"], made[1]["label.weight"][-1:])  # of no class
 
 
 @pytest.mark.parametrize(

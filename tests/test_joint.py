@@ -102,6 +102,21 @@ def test_a_stopped_partner_changes_nothing_and_a_moving_one_does(joint, tmp_path
     assert not same(runs["gen"], runs["gen stopped"], ("dit.final",))  # it stands on another trunk
 
 
+def test_a_generator_of_classes_is_paired_with_the_reader_too(common, joint, tmp_path):
+    """Its table of classes is drawn last, so that the other first weights are those of a run without classes."""
+    classes = [*(text for text in joint if text != "gen.conditional=false"), "gen.conditional=true"]
+    own = [text for text in sections("gen") if text != "gen.conditional=false"]
+    gen = tensors(run_of("gen", tmp_path / "gen", common, *own), "gen.dit")
+    und = tensors(run_of("und", tmp_path / "und", common, *sections("und")), "und.trunk")
+    assert gen["label.weight"].shape[0] > 1
+    for name, more in {"alone": ["joint.parts=[gen]"], "und stopped": ["joint.stop=[und]"]}.items():
+        made = run_of("joint", tmp_path / name, classes, *more)
+        assert same({f"dit.{k}": v for k, v in gen.items()}, tensors(made, "joint.trunk"), ("dit.",))
+    for name, more in {"reader": ["joint.parts=[und]"], "gen stopped": ["joint.stop=[gen]"]}.items():
+        made = run_of("joint", tmp_path / name, classes, *more)
+        assert same(und, tensors(made, "joint.trunk"), READ)
+
+
 def test_parts_that_share_nothing_equal_separate_runs(common, tmp_path):
     own = [*sections("gen"), *RECON, *(f"und.optim.{text}" for text in OPTIM)]
     together = run_of("joint", tmp_path / "all", common, *own, "joint.share=nothing", "joint.parts=[gen,und,recon]")
@@ -183,7 +198,7 @@ def test_a_placebo_changes_its_own_side_only(joint, tmp_path, placebo):
     assert mixed[key] != real[key]
 
 
-def test_twice_means_other_pictures_and_other_noise(joint, tmp_path):
+def test_twice_means_another_order_and_other_noise(joint, tmp_path):
     run = run_of("joint", tmp_path / "run", joint, "joint.parts=[und]", "joint.twice=true")
     row = run.read_log()[-1]
     assert row["und.trunk.loss"] != row["und2.trunk.loss"]
@@ -230,6 +245,13 @@ def test_a_joint_model_samples_classifies_and_is_judged(common, joint, tmp_path)
         (["joint.parts=[gen]", "joint.placebo=permuted_labels"], "changes und, which is not among"),
         (["joint.share=nothing", "joint.stop=[und]"], "set joint.share=trunk"),
         (["joint.share=nothing", "und.train=trunk"], "two trunks"),
+        (["joint.share=nothing", "joint.weights.und=5"], "joint.weights speaks of what the parts share"),
+        (["joint.parts=[und]", "joint.stop=[gen]"], "joint.stop names gen, which is not among joint.parts"),
+        (["joint.parts=[und]", "joint.weights.gen=5"], "joint.weights names gen, which is not among joint.parts"),
+        (["joint.parts=[und]", "joint.balance=true"], "joint.balance has no effect on und alone"),
+        (["joint.parts=[gen,recon]", "joint.balance=true"], "joint.balance has no effect on gen alone"),
+        (["joint.parts=[und]", "joint.sequential=true"], "joint.sequential has no effect on und alone"),
+        (["joint.share=adapter", "joint.parts=[und]", "joint.stop=[gen]"], "joint.stop names gen"),
     ],
 )
 def test_contradictions_are_refused(joint, tmp_path, settings, words):

@@ -76,9 +76,10 @@ class DiT(Head):
         self.final = FinalLayer(config.head_width if config.head_depth else width, out, config)
         self.base_final = FinalLayer(width, out, config) if config.base_depth else None
         self._initialise()
-        # drawn last: with or without them the network begins with the same weights
-        self.label = nn.Embedding(num_classes + 1, width)
-        nn.init.normal_(self.label.weight, std=0.02)
+        # drawn last: with or without them the network begins with the same weights, that of no class among them
+        no_class = nn.init.normal_(torch.empty(1, width), std=0.02)
+        table = torch.cat([nn.init.normal_(torch.empty(num_classes, width), std=0.02), no_class])
+        self.label = nn.Embedding.from_pretrained(table, freeze=False)
         repa_dim = config.repa_dim or spec.channels
         self.repa = repa_projector(width, repa_dim, config.repa_layers) if config.repa_depth else None
 
