@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from umm.cli import cli
 from umm.config import load
 from umm.errors import DataError, MissingHead, UmmError
+from umm.evaluate import evaluate_run
 from umm.joint_eval import Judged, compared, evaluate_joint, part_config
 from umm.judging import Records
 from umm.runs import Run
@@ -71,7 +72,7 @@ def test_parts_that_share_nothing_differ_from_their_baselines_by_nothing(runs):
         assert difference["n"] == against[key]["n"] == 24
     for part, space in [("recon", "pixels"), ("gen", "latents")]:
         assert against[part, "fd", space]["difference"] == {"value": 0}, "sets have no pairs, so no interval"
-    assert "training images" in text
+    assert "training images of each part" in text and "FLOPs" not in text and "trained with" not in text
     judged = json.loads((Run(runs["joint"]).folder / "eval" / "val.json").read_text())["numbers"]
     assert {row["part"] for row in judged} == {"recon", "gen", "und"}
 
@@ -79,7 +80,8 @@ def test_parts_that_share_nothing_differ_from_their_baselines_by_nothing(runs):
 def test_differences_are_those_of_the_pairs_in_the_items(runs):
     evaluate_joint(runs["joint"], [runs["other"]])
     row = next(row for row in found(runs["joint"])["rows"] if row["metric"] == "psnr")
-    items = [pq.read_table(Run(runs[name]).folder / "items" / "val.parquet") for name in ("joint", "other")]
+    places = runs["joint"], f"{runs['other']}/baseline"  # it has another seed than it is judged with
+    items = [pq.read_table(Run(place).folder / "items" / "val.parquet") for place in places]
     one, other = ({i: v for i, v in zip(t["id"].to_pylist(), t["psnr"].to_pylist()) if v is not None} for t in items)
     differences = np.array([one[i] - other[i] for i in other])
     assert row["difference"]["value"] == pytest.approx(differences.mean(), abs=1e-12)
@@ -100,6 +102,46 @@ def test_a_baseline_judged_alike_before_is_not_judged_again_and_one_judged_other
     evaluate_joint(runs["joint"], [runs["recon"]], ["eval.images=20"])
     assert len(calls) == 3
     assert next(row for row in found(runs["joint"])["rows"] if row["metric"] == "psnr")["difference"]["n"] == 20
+
+
+def test_a_baseline_keeps_its_own_evaluation(runs):
+    file = Run(runs["recon"]).folder / "eval" / "val.json"
+    evaluate_run(runs["recon"], ["eval.images=30", "eval.bootstrap=20"])
+    own = file.read_text()
+    evaluate_joint(runs["joint"], [runs["recon"]])
+    assert file.read_text() == own and json.loads(own)["settings"]["images"] == 30
+    beside = json.loads((Run(runs["recon"]).folder / "baseline" / "eval" / "val.json").read_text())
+    assert beside["settings"]["images"] == 24
+
+
+def test_what_a_baseline_learnt_from_otherwise_is_said(runs, tmp_path):
+    other = [*common(tmp_path), *RECON, "data.count=60", "train.images=48", "train.save_every=48"]
+    text = evaluate_joint(runs["joint"], [trained("recon", tmp_path / "few", *other)])
+    words = "trained with data.count=60 (joint: 90), train.images=48 (joint: 96)"
+    assert f"note: few, {words}: what differs is not its partner's doing alone" in text
+    assert not (tmp_path / "few" / "eval").exists() and (tmp_path / "few" / "baseline" / "eval").exists()
+
+
+def test_answers_with_other_classes_are_not_compared(runs, tmp_path):
+    reader = trained("und", tmp_path / "und", *common(tmp_path), "data.empty=true", "data.limit=90")
+    with pytest.raises(UmmError, match=r"knows the classes dark, middle, light, nobody \(4\), the joint model dark"):
+        evaluate_joint(runs["joint"], [reader])
+    many = trained("gen", tmp_path / "gen", *common(tmp_path), *GEN, "data.empty=true")
+    text = evaluate_joint(runs["joint"], [many])
+    assert "gen, gen: agreement with other classes is not compared" in text
+    rows = [row for row in found(runs["joint"])["rows"] if row.get("baseline") == "gen"]
+    assert "fd" in {row["metric"] for row in rows} and "class_agreement" not in {row["metric"] for row in rows}
+
+
+def test_a_joint_model_of_fewer_parts_is_a_baseline_of_those(runs, tmp_path):
+    """Its borrowed decoder is not its own result."""
+    settings = [*common(tmp_path), *GEN, *QUICK, "joint.share=nothing", f"gen.decoder={runs['recon']}"]
+    alone = trained("joint", tmp_path / "alone", *settings, "joint.parts=[gen]")
+    evaluate_joint(runs["joint"], [alone])
+    rows = [row for row in found(runs["joint"])["rows"] if row.get("baseline") == "alone"]
+    assert {row["part"] for row in rows} == {"gen"}
+    assert all(row["difference"]["value"] == pytest.approx(0) for row in rows if row["space"] == "latents")
+    assert (tmp_path / "alone" / "eval" / "val.json").exists()  # the same pictures and seed: as umm eval judges it
 
 
 def test_named_metrics_go_to_the_parts_that_can_take_them(runs):

@@ -8,14 +8,15 @@ KID) have none and are subtracted only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
-from umm.config import TASKS, combine, config_hash, schema
+from umm.build import open_source
+from umm.config import TASKS, combine, config_hash, flatten, schema
 from umm.errors import MissingHead, UmmError
 from umm.evaluate import run_config, write
 from umm.judging import Records
@@ -25,12 +26,16 @@ from umm.model import UnifiedModel
 from umm.paired import compare
 from umm.registry import find
 from umm.rng import derive_seed
-from umm.run_facts import ANSWERING, look_at
+from umm.run_facts import ANSWERING, look_at, plain
+from umm.run_tables import key_of
 from umm.runs import Run, now, write_atomic, writing
 from umm.stats import bootstrap, paired_differences, sign_flip_p
 
 PARTS = {"recon": "decoder", "gen": "dit", "und": "und", "vqa": "vqa", "llm": "llm"}  # part -> its head
 KEPT = ("seed", "run", "data", "latent", "cache", "train")  # sections that every task has
+OF_CLASSES = ("class_agreement", "probe_accuracy")  # numbers of samples that depend on what the classes are
+BESIDE = "baseline"  # folder in that of a baseline: what was found of it beside a joint model
+IMAGES = "training images of each part"
 
 
 @dataclass
@@ -47,7 +52,7 @@ def evaluate_joint(folder: str, baselines: Sequence[str] = (), overrides: Sequen
 
     Raises:
         MissingHead: the model has no head that could be judged, or a baseline none of this model's.
-        UmmError: a baseline lives on another latent space.
+        UmmError: a baseline lives on another latent space, or knows other classes.
     """
     seen = look_at([folder, *baselines])
     run, whole = Run(folder), run_config(Run(folder), overrides)
@@ -58,11 +63,14 @@ def evaluate_joint(folder: str, baselines: Sequence[str] = (), overrides: Sequen
     judged = judge(seen[0].name, model, configs, accelerator)
     judged.notes += adapter_notes(model)
     others = [judge_baseline(one.name, Run(one.folder), model, configs, judged, accelerator) for one in seen[1:]]
+    trained = [run_config(Run(one.folder), ()) for one in seen]
+    for other, config in zip(others, trained[1:]):
+        other.notes += unlike(trained[0], config, other.parts)
     if not accelerator.is_main_process:
         return ""
     rows, notes = compared(judged, others, whole.seed, whole.eval.bootstrap)
-    compute = [{"run": one.name, "task": one.task, "images": one.images, "seconds": one.seconds,
-                "flops": one.facts.get("flops")} for one in seen]  # fmt: skip
+    compute = [{"run": one.name, "task": one.task, IMAGES: one.images // turns(config), "seconds": one.seconds}
+               for one, config in zip(seen, trained)]  # fmt: skip
     found = {"split": whole.eval.split, "evaluated": now(), "rows": rows, "compute": compute}
     found["notes"] = [*remarks(judged, others), *notes]
     said = write(run, merged(judged.parts), whole)
@@ -151,18 +159,77 @@ def judge_baseline(
     if not parts:
         raise MissingHead(f"{run.folder} has no head to compare with {', '.join(configs)}: give runs of these tasks.")
     own = {part: part_config(saved, part, like=configs[part]) for part in parts}
-    if len(parts) == 1 and parts[0] in joint.parts:
-        records = stored(run, own[parts[0]], joint.parts[parts[0]])
-        if records is not None:
-            return Judged(name, {parts[0]: records}, [f"{parts[0]}: {note}" for note in records.notes])
-    judged = judge(name, other, own, accelerator)
+    refused = {part: reason for part in parts if (reason := other_classes(part, other, model, own[part]))}
+    if len(refused) == len(parts):
+        raise UmmError(f"{run.folder} {refused[parts[0]]}: give a baseline that was trained on the same classes.")
+    fit = {part: config for part, config in own.items() if part not in refused}
+    judged = judged_alone(name, run, other, fit, joint, accelerator)
+    judged.notes += [f"{part} was not judged: it {reason}" for part, reason in refused.items()]
     judged.notes += adapter_notes(other)
-    if accelerator.is_main_process:
-        alone = len(parts) == 1
-        write(run, judged.parts[parts[0]] if alone else merged(judged.parts), own[parts[0]] if alone else saved)
     if adapter_digest(other.space) != adapter_digest(model.space):
-        drop_latents(judged)
+        reason = "distances in latents are not compared, an adapter lies between them"
+        leave_out(judged, lambda row: row.get("space") == "latents", reason)
+    if "gen" in fit and other.head("dit").classes != model.head("dit").classes:
+        leave_out(judged, lambda row: row["metric"] in OF_CLASSES, "agreement with other classes is not compared")
     return judged
+
+
+def judged_alone(
+    name: str, run: Run, model: UnifiedModel, configs: Mapping[str, DictConfig], joint: Judged, accelerator: Accelerator
+) -> Judged:
+    """What is found of a baseline, now or in an earlier evaluation; written where it replaces no evaluation of its own.
+
+    Args:
+        configs: of its parts, by which the joint model was judged.
+    """
+    saved, (part, config) = run_config(run, ()), next(iter(configs.items()))
+    beside = Run(run.folder / BESIDE)
+    if len(configs) == 1 and part in joint.parts:
+        for place in (run, beside):
+            records = stored(place, run.facts.get("finished", ""), config, joint.parts[part])
+            if records is not None:
+                return Judged(name, {part: records}, [f"{part}: {note}" for note in records.notes])
+    judged = judge(name, model, configs, accelerator)
+    if accelerator.is_main_process:
+        there = (run.folder / "eval" / f"{config.eval.split}.json").exists()
+        alike = saved.data == config.data and saved.seed == config.seed  # as umm eval would judge it
+        records, whole = (judged.parts[part], config) if len(configs) == 1 else (merged(judged.parts), saved)
+        write(run if alike and not there else beside, records, whole)
+    return judged
+
+
+def other_classes(part: str, other: UnifiedModel, model: UnifiedModel, config: DictConfig) -> str | None:
+    """Why a baseline cannot be judged on a part: it answers with other classes, or generates fewer than there are."""
+    if part == "und":
+        known, asked = other.head("und").classes, model.head("und").classes
+        return None if known == asked else f"knows the classes {few(known)}, the joint model {few(asked)}"
+    if part == "gen" and other.head("dit").num_classes:
+        known, asked = other.head("dit").classes, open_source(config, config.eval.split).classes or []
+        if other.head("dit").num_classes < len(asked):
+            return f"makes the classes {few(known)}, the pictures have {few(asked)}"
+    return None
+
+
+def few(classes: Sequence[str]) -> str:
+    return f"{', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''} ({len(classes)})"
+
+
+def unlike(joint: DictConfig, alone: DictConfig, parts: Collection[str]) -> list[str]:
+    """What a baseline learnt from otherwise than the joint model did, as one note: the first difference of the data,
+    the number of pictures, labels and classes."""
+    ours, theirs = (dict(flatten(c)) | {"train.images": c.train.images // turns(c)} for c in (joint, alone))
+    data = next((key for key in ours | theirs if key.startswith("data.") and ours.get(key) != theirs.get(key)), None)
+    keys = [data] if data else []
+    keys += ["train.images", *(["und.limit"] if {"und", *ANSWERING} & {*parts} else [])]
+    keys += ["gen.conditional"] if "gen" in parts else []
+    said = [f"{key}={plain(theirs.get(key))} (joint: {plain(ours.get(key))})"
+            for key in keys if ours.get(key) != theirs.get(key)]  # fmt: skip
+    return [f"trained with {', '.join(said)}: what differs is not its partner's doing alone"] if said else []
+
+
+def turns(config: DictConfig) -> int:
+    """Parts that share the training pictures out, one after another."""
+    return len(config.joint.parts) if config.task == "joint" and config.joint.sequential else 1
 
 
 def adapter_notes(model: UnifiedModel) -> list[str]:
@@ -173,20 +240,21 @@ def adapter_notes(model: UnifiedModel) -> list[str]:
     return ["all heads read latents through an adapter" + (f"; the decoder was {decoder}" if decoder else "")]
 
 
-def drop_latents(judged: Judged) -> None:
-    """Leave out what was measured in the latents: behind another adapter, or none, they are another space."""
+def leave_out(judged: Judged, unfit: Callable[[Mapping], bool], why: str) -> None:
+    """Leave out rows of a baseline that are of another kind than the joint model's, and say so."""
     for part, records in judged.parts.items():
-        kept = [row for row in records.numbers if row.get("space") != "latents"]
+        kept = [row for row in records.numbers if not unfit(row)]
         if len(kept) < len(records.numbers):
             records.numbers = kept
-            judged.notes.append(f"{part}: distances in latents are not compared, an adapter lies between them")
+            judged.notes.append(f"{part}: {why}")
 
 
 def trained_for(config: DictConfig, part: str) -> bool:
     """Whether the run's task trains this part: a generator's borrowed decoder is not its own result."""
-    if config.task == "und":
-        return part == ("und" if config.und.kind == "classify" else config.und.kind)
-    return config.task in ("joint", part)
+    trained = list(config.joint.parts) if config.task == "joint" else [config.task]
+    if "und" in trained and config.und.kind in ANSWERING:
+        trained[trained.index("und")] = config.und.kind
+    return part in trained
 
 
 def check_space(run: Run, other: UnifiedModel, model: UnifiedModel) -> None:
@@ -199,8 +267,8 @@ def check_space(run: Run, other: UnifiedModel, model: UnifiedModel) -> None:
             )
 
 
-def stored(run: Run, config: DictConfig, joint: Records) -> Records | None:
-    """What an earlier evaluation of the finished run found, if it was made with this configuration and these judges."""
+def stored(run: Run, finished: str, config: DictConfig, joint: Records) -> Records | None:
+    """What an evaluation in this folder found since the training ended, if made with this configuration and judges."""
     import pyarrow.parquet as pq
 
     split = config.eval.split
@@ -210,7 +278,7 @@ def stored(run: Run, config: DictConfig, joint: Records) -> Records | None:
     try:
         found, columns = json.loads(file.read_text()), pq.read_table(items).to_pydict()
         same = found["provenance"]["config_hash"] == config_hash(config)
-        same &= found["evaluated"] >= run.facts.get("finished", "")
+        same &= found["evaluated"] >= finished
         prints = json.loads(json.dumps(joint.fingerprints))
         if not same or any(prints.get(key, value) != value for key, value in found["fingerprints"].items()):
             return None
@@ -264,10 +332,6 @@ def compared(joint: Judged, others: Sequence[Judged], seed: int, resamples: int)
     return rows, notes
 
 
-def key_of(row: Mapping) -> tuple[str, str]:
-    return row["metric"], row.get("space") or ""
-
-
 def same_number(records: Records, row: Mapping) -> dict | None:
     return next((one for one in records.numbers if key_of(one) == key_of(row)), None)
 
@@ -312,9 +376,9 @@ def table(found: Mapping) -> str:
         lines.append(f"{left_out} diagnostics that are neither better nor worse are in the file only.")
     reasons = {row["conflict"] for row in shown if row["conflict"]}
     lines += [f"{MARK} conflict of interest: {reason}" for reason in sorted(reasons)]
-    cost = [(one["run"], one["task"], f"{one['images']:,}", f"{one['seconds']:,.0f}" if one["seconds"] else "unknown",
-             f"{one['flops']:.3g}" if one["flops"] else "unknown") for one in found["compute"]]  # fmt: skip
-    lines += ["", *columns_of([("run", "task", "training images", "seconds", "FLOPs"), *cost])]
+    cost = [(one["run"], one["task"], f"{one[IMAGES]:,}", f"{one['seconds']:,.0f}" if one["seconds"] else "unknown")
+            for one in found["compute"]]  # fmt: skip
+    lines += ["", *columns_of([("run", "task", IMAGES, "seconds"), *cost])]
     return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
 
 
