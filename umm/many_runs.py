@@ -24,7 +24,7 @@ from umm.board import Board
 from umm.config import config_hash
 from umm.declared import configuration
 from umm.errors import UmmError
-from umm.runs import commit, now, reading, write_atomic
+from umm.runs import Run, commit, now, reading, write_atomic
 from umm.workers import in_workers
 
 Judge = Callable[[DictConfig], tuple[list[dict], dict[str, float]]]  # rows of an evaluation, and what the run cost
@@ -83,11 +83,17 @@ def sigterm_raises() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------- one run (worker)
 
 
-def perform(judge: Judge, job: Job) -> None:
-    """Do a job in this process and write its result, the last of its files."""
-    again, timer = (job.folder / "config.yaml").exists(), Timer()
+def perform(judge: Judge, job: Job, check: Callable[[list[dict]], object] | None = None) -> None:
+    """Do a job in this process and write its result, the last of its files.
+
+    Args:
+        check: sees the rows before they are kept, and raises where they will not do.
+    """
+    again, timer = Run(job.folder).begun, Timer()
     config = configuration(job.task, job.settings, f"'{job.group}'")
     rows, costs = judge(config)
+    if check is not None:
+        check(rows)
     costs = timer.costs() | costs
     facts = {"config_hash": config_hash(config), "commit": commit(), "finished": now()}
     keep(job, rows, {} if again else costs, facts)  # costs of a whole run only
@@ -112,10 +118,16 @@ def train_and_judge(config: DictConfig) -> tuple[list[dict], dict[str, float]]:
     evaluate_run(str(config.run))
     found = json.loads((Path(config.run) / "eval" / f"{config.eval.split}.json").read_text())
     return found["numbers"], {
-        "images": trainer.images_at(trainer.steps),
+        "images": pictures(trainer),
         "flops": meter.total,
         "parameters": meter.parameters,
     }
+
+
+def pictures(trainer) -> int:
+    """Pictures that a training reads, those of all its parts together."""
+    end = trainer.images_at(trainer.steps)
+    return sum((task.window[1] or end) - task.window[0] for task in trainer.tasks)
 
 
 class Timer:
