@@ -600,7 +600,7 @@ class JointSettings:
     balance: bool = False  # give the others' gradients the norm of the first part's at what is shared, then weigh
     stop: list[Literal["gen", "und", "recon"]] = field(default_factory=list)  # parts that do not move what is shared
     sequential: bool = False  # the parts one after another, in their order, each for an equal share of train.images
-    twice: bool = False  # every part once more on other pictures with other noise: more of the same, for comparison
+    twice: bool = False  # every part once more, in another order with other noise: more of the same, for comparison
     # what a part learns instead, for comparison: gen's latents with their tokens mixed, or Gaussian noise of the same
     # moments; und's labels handed to other pictures
     placebo: Literal["none", "shuffled_tokens", "gaussian", "permuted_labels"] = "none"
