@@ -9,11 +9,14 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
+from umm import seed_stats
 
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -122,7 +125,7 @@ def scenes() -> str:
         "together, half the pictures of each": ("J-compute", "J-compute"),
         "one after the other": ("seq-GU", "seq-UG"),
         "beside a placebo: shuffled latents, permuted labels": ("U+shuffled", "G+permuted"),
-        "beside itself on other pictures": ("U+U", "G+G"),
+        "beside itself in another order": ("U+U", "G+G"),
         "beside alignment to the clean latents": (None, "G+distill"),
         "on an untrained trunk": ("random-trunk", None),
     }
@@ -134,11 +137,16 @@ def scenes() -> str:
     return table(["trained", "scenes whose objects are counted right, %", "FD of samples, wavelet space"], rows)
 
 
+def synergy() -> str:
+    said = result("synergy-shapes")["verdict"]
+    return f"**{said['title']}**\n\n" + "".join(f"* {sentence}\n" for sentence in said["sentences"])
+
+
 def diagnose() -> str:
     columns = {
         "directions in use": ("effective_rank", 0),
         "sparsity": ("hoyer", 2),
-        "excess kurtosis": ("kurtosis", 2),
+        "absolute excess kurtosis": ("kurtosis", 2),
         "fine detail": ("high_frequency", 2),
         "self-similarity": ("self_similarity", 2),
     }
@@ -185,8 +193,26 @@ def compare() -> str:
     for name, space in found["spaces"].items():
         shown = [found["columns"][column]["spaces"][name] for column in columns]
         cells = [interval(one, digits) for one, digits in zip(shown, columns.values())]
-        rows.append([name, " x ".join(map(str, space["shape"])), *cells])
-    return table(["space, three seeds", "latent", *columns], rows)
+        parameters = space["costs"]["recon"]["parameters"]
+        trained = f"{parameters / 1e6:.2f} M" if parameters else "none"
+        rows.append([name, " x ".join(map(str, space["shape"])), trained, *cells])
+    return table(["space, three seeds", "latent", "trained to draw", *columns], rows)
+
+
+def dimension() -> str:
+    found = result("tiny-dimension")
+    psnr, drawn, made = (found["columns"][name]["spaces"] for name in ("PSNR, dB", "rFD pixels", "gFD pixels"))
+    rows = []
+    for name, space in found["spaces"].items():
+        k, changed = space["shape"][0], space["changed"].get("gen", {})
+        width = changed.get("gen.dit.width", found["declaration"]["stages"]["gen"]["gen"]["dit"]["width"])
+        shift = changed.get("gen.flow.shift", math.sqrt(math.prod(space["shape"]) / 4096))
+        pairs = zip(made[name]["per_seed"].values(), drawn[name]["per_seed"].values())
+        added = seed_stats.mean_of([fd - floor for fd, floor in pairs])
+        rows.append([f"{k}", f"{width}", f"{shift:.2f}", interval(psnr[name], 1)])
+        rows[-1] += [interval(one) for one in (drawn[name], made[name], added)]
+    head = ["numbers a token", "width of the DiT", "time shift", "PSNR, dB", "rFD pixels", "gFD pixels", "gFD - rFD"]
+    return table(head, rows)
 
 
 def demo() -> str:
@@ -199,10 +225,8 @@ def demo() -> str:
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-TABLES = {
-    made.__name__: made
-    for made in (demo, recon, gen, probes, answers, planted, scenes, best_of, augment, diagnose, compare)
-}
+MADE = (demo, recon, gen, probes, answers, planted, scenes, synergy, best_of, augment, diagnose, dimension, compare)
+TABLES = {made.__name__: made for made in MADE}
 
 
 def rewritten(text: str) -> str:

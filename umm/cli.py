@@ -47,7 +47,7 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Folder for everything it makes.")
-@click.option("--minutes", default=9.5, type=click.FloatRange(0), show_default=True, help="Training time to aim at.")
+@click.option("--minutes", default=9.0, type=click.FloatRange(0), show_default=True, help="Training time to aim at.")
 @click.option("--scenes", default=4000, type=click.IntRange(64), show_default=True, help="Scenes to train on.")
 def demo(out: str, minutes: float, scenes: int) -> None:
     """Reconstruction, generation, understanding and all at once in miniature, offline, on a CPU, and a page to look at.
