@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from umm import losses
 from umm.errors import ConfigError, MissingWeights, UmmError
+from umm.latents._conv import groups_of
 from umm.latents._encoder import resolve_layers
 from umm.latents._stats import load_stats
 from umm.latents._trained import Lesson, Stage, TrainedSpace
@@ -181,7 +182,7 @@ def build(channels: int, widths: Sequence[int], blocks: int) -> nn.Module:
         block_out_channels=list(widths),
         layers_per_block=blocks,
         latent_channels=channels,
-        norm_num_groups=math.gcd(32, *widths),
+        norm_num_groups=math.gcd(*map(groups_of, widths)),
     )
 
 
