@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -19,17 +20,19 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from umm import seed_stats
 from umm.board import Board
 from umm.cli import cli
 from umm.config import nest
 from umm.declared import configuration
 from umm.errors import ConfigError, UmmError
 from umm.many_runs import Meter, keep, perform, train_and_judge
+from umm.runs import Run
 from umm.synergy import Declaration, read_declaration
-from umm.synergy_analysis import analyse
+from umm.synergy_analysis import analyse, decisions
 from umm.synergy_report import report
-from umm.synergy_run import choose, final_jobs, number, run_synergy, tuning_jobs
-from umm.synergy_verdict import falsification, verdict
+from umm.synergy_run import choose, final_jobs, number, perform_arm, run_synergy, tuning_jobs
+from umm.synergy_verdict import falsification, size, verdict
 from umm.train import Trainer
 from umm.workers import in_workers
 
@@ -131,6 +134,7 @@ def test_an_arm_may_stand_on_a_file_of_its_own(tmp_path):
         ({"tuning": {"arms": ["J"], "seeds": [3], "grid": {"joint.optim.lr": [1]}}}, "none of the experiment's"),
         ({"endpoints": {"und": {"eror": 1}}}, "unknown setting 'eror' .*endpoint 'und'.*Did you mean 'error'"),
         ({"alpha": 5}, "alpha=5.* between 0 and 1"),
+        ({"seeds": 24}, "takes up to 20 seeds, not 24: set test: t"),
     ],
 )
 def test_a_wrong_declaration_is_a_sentence_before_anything_runs(tmp_path, change, message):
@@ -242,18 +246,76 @@ def test_the_board_shows_every_arm_and_seed(tmp_path, declared):
 
 
 def test_tuning_takes_the_best_trial_on_its_own_seeds_and_the_validation_split(tmp_path):
-    tuning = {"arms": ["J", "U1"], "seeds": [100, 101], "grid": {"train.images": [500, 3000, 800]}}
-    arms = experiment()["arms"]
-    arms["U2"]["tuned_as"] = "U1"
-    declared = read_declaration(written(tmp_path, arms=arms, tuning=tuning))
+    declared = read_declaration(written(tmp_path, **tuned({"joint.optim.lr": [1e-4, 3e-4, 1e-3]})))
     jobs = tuning_jobs(declared, tmp_path)
     assert len(jobs) == 2 * 3 * 2 and {job.settings["eval.split"] for job in jobs} == {"val"}
     for job in jobs:
-        keep(job, *world(quick(job)), {})
+        keep(job, *tunable("joint.optim.lr", 3e-4, job), {})
     chosen = choose(declared, tmp_path)
-    assert chosen == {"J": {"train.images": 3000}, "U1": {"train.images": 3000}}
-    images = {job.group: job.settings["train.images"] for job in final_jobs(declared, tmp_path, chosen, None)}
-    assert (images["J"], images["U2"], images["J@3"], images["G1"]) == (3000, 3000, 3000, 1000)
+    assert chosen == {"J": {"joint.optim.lr": 3e-4}, "U1": {"joint.optim.lr": 3e-4}}
+    jobs = final_jobs(declared, tmp_path, chosen, None)
+    rates = {job.group: job.settings.get("joint.optim.lr") for job in jobs}
+    assert (rates["J"], rates["U2"], rates["J@3"], rates["G1"]) == (3e-4, 3e-4, 3e-4, None)
+    assert {job.settings["train.images"] for job in jobs if job.group == "U2"} == {2000}
+
+
+def tuned(grid: dict, **arms: dict) -> dict:
+    """Changes that tune J and U1, whose settings U2 takes."""
+    changed = experiment()["arms"]
+    for name, change in ({"U2": {"tuned_as": "U1"}} | arms).items():
+        changed[name] |= change
+    return {"arms": changed, "tuning": {"arms": ["J", "U1"], "seeds": [100, 101], "grid": grid}}
+
+
+def tunable(key: str, best: float, job) -> tuple[list[dict], dict]:
+    """A world in which a setting is best at one value."""
+    rows, costs = world(quick(job))
+    if job.settings.get(key) != best:
+        rows = [row | {"value": row["value"] * (0.9 if row["higher_is_better"] else 1.1)} for row in rows]
+    return rows, costs
+
+
+def test_a_tuned_loss_weight_leaves_the_front_its_weights_and_moves_the_headlines_own_point(tmp_path):
+    declared = read_declaration(written(tmp_path, **tuned({"joint.weights.und": [0.5, 2]})))
+    declared.seal(tmp_path)
+    for job in tuning_jobs(declared, tmp_path):
+        keep(job, *tunable("joint.weights.und", 2, job), {})
+    jobs = final_jobs(declared, tmp_path, choose(declared, tmp_path), None)
+    weights = {job.group: job.settings.get("joint.weights.und") for job in jobs}
+    assert (weights["J"], weights["J@0.3"], weights["J@3"]) == (2, 0.3, 3)
+    for job in jobs:
+        keep(job, *world(quick(job)), {"commit": "c0ffee"})
+    found = analyse(tmp_path)
+    assert [(point["arm"], point["value"]) for point in found["front"]] == [("J", 2), ("J@0.3", 0.3), ("J@3", 3)]
+    report(tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Tuning on seeds 100, 101 chose for J: joint.weights.und=2." in text
+
+
+U2_TURNED = {"U2": {"tuned_as": "U1", "overrides": {"joint.ema": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("grid", "arms", "message"),
+    [
+        ({"train.images": [500, 3000]}, {}, "train.images is the compute that arms declare"),
+        ({"joint.optim.lrr": [1e-3]}, {}, "unknown setting 'joint.optim.lrr' .*tuning.grid"),
+        ({"seed": [1, 2]}, {}, "tuning.grid sets 'seed', which the experiment gives"),
+        ({"eval": [{"split": "val"}]}, {}, "tuning.grid sets 'eval.split'"),
+        ({"joint.optim.lr": []}, {}, "tuning needs arms, a grid"),
+        ({"joint.optim.lr": [1e-3]}, {"U1": {"measures": ["other"]}}, "'U1' measures no primary endpoint"),
+        ({"joint.ema": [0.9, 0.99]}, U2_TURNED, "sets 'joint.ema' to 0.5"),
+    ],
+)
+def test_a_grid_that_would_mislead_or_fail_later_is_refused(tmp_path, grid, arms, message):
+    changes = tuned(grid, **arms)
+    if "U1" in arms:  # an exploratory endpoint of its own
+        ends = experiment()["endpoints"]
+        ends["other"] = {"row": {"metric": "kid"}, "single": "U1", "margin": 5, "primary": False}
+        ends["und"]["single"] = "U0.5"
+        changes["endpoints"] = ends
+    with pytest.raises(ConfigError, match=message):
+        read_declaration(written(tmp_path, **changes))
 
 
 def test_an_endpoint_speaks_of_exactly_one_row(declared):
@@ -290,15 +352,147 @@ def test_no_synergy_is_not_called_one_and_equality_is_shown(tmp_path, declared):
     said = verdict(found)
     assert said["key"] == "neither"
     assert found["joint"]["J"]["decisions"]["equivalent"] == ["und", "gen"]
-    assert "shown to be equal within the margin of 5%" in " ".join(said["sentences"])
+    text = " ".join(said["sentences"])
+    assert "shown to be equal within the margin of 5%" in text and "evidence of no effect" not in text
+    assert "as good as the specialists, within the margins" in text
 
 
 def test_one_direction_is_called_one(tmp_path, declared):
     found = analyse(done(tmp_path, declared, partial(world, gain={"und": 0.3, "gen": -0.3})))
     said = verdict(found)
-    assert said["key"] == "one" and found["joint"]["J"]["decisions"]["shown"] == ["und"]
-    assert found["joint"]["J"]["decisions"]["harmed"] == ["gen"]
-    assert "the partner harms" in " ".join(said["sentences"])
+    assert said["title"] == "One direction is shown, and harm in the other"
+    decided = found["joint"]["J"]["decisions"]
+    assert decided["shown"] == ["und"] and decided["harmed"] == ["gen"]
+    text = " ".join(said["sentences"])
+    assert "the partner harms" in text and "is better in one direction and worse in the other" in text
+
+
+def directions(s: dict[str, tuple[float, float]], n: int = 8) -> dict[str, dict]:
+    """{endpoint: (mean, p)} as `decisions` reads it."""
+    return {name: {"mean": mean, "p": p, "n": n, "p_harm": 1.0, "p_different": 1.0} for name, (mean, p) in s.items()}
+
+
+@pytest.mark.parametrize(
+    ("p", "both", "alone"), [((0.047, 0.039), True, False), ((0.02, 0.3), False, True), ((0.06, 0.01), False, True)]
+)
+def test_harm_is_shown_by_the_rule_that_shows_gain(declared, p, both, alone):
+    """Two directions of p = 0.047 and 0.039 are both shown, up or down, though neither is alone."""
+    up, down = (
+        decisions(directions({name: (sign, value) for name, value in zip(("und", "gen"), p)}), declared)
+        for sign in (0.1, -0.1)
+    )
+    assert (up["both"], up["both_harmed"]) == (both, False) and (down["both"], down["both_harmed"]) == (False, both)
+    assert up["shown"] == down["harmed"] and up["harmed"] == down["shown"] == []
+    assert len(up["shown"]) == 2 * both + alone
+
+
+def test_harm_in_both_directions_is_the_verdict(tmp_path, declared):
+    said = verdict(analyse(done(tmp_path, declared, partial(world, gain=-1.5))))
+    text = " ".join(said["sentences"])
+    assert said["title"] == "Harm is shown in both directions" and "is worse in both directions" in text
+    assert "the error is 4.5 times that of U1" in text and "e+0" not in text
+    assert "more harm than what any second loss does" in text and "evidence of no effect" not in text
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [(-0.0798, "8.3 % higher than"), (0.2, "18 % lower than"), (-2.35, "10 times"), (1.0, "2.7 times smaller than")],
+)
+def test_large_changes_are_factors(score, words):
+    assert size(score) == words
+
+
+def with_seeds(declared: Declaration, n: int) -> Declaration:
+    return replace(declared, seeds=list(range(n)))
+
+
+def test_power_is_said_only_where_one_direction_alone_can_be_shown(tmp_path, declared):
+    """Six seeds: the exact test's smallest p is 0.031, which Holm doubles; eight: a t test at half of alpha."""
+    six = analyse(done(tmp_path / "six", with_seeds(declared, 6), partial(world, gain=0.01)))
+    text = " ".join(verdict(six)["sentences"])
+    assert "6 seeds cannot show one direction alone" in text and "four times in five" not in text
+    assert all(row["detectable"] is None for row in six["joint"]["J"]["directions"].values())
+    report(tmp_path / "six")
+    eight = analyse(done(tmp_path / "eight", declared, partial(world, gain=0.01)))
+    row = eight["joint"]["J"]["directions"]["und"]
+    spread = np.std(list(row["per_seed"].values()), ddof=1)
+    assert row["detectable"] == pytest.approx(seed_stats.detectable(8, alpha=0.025) * spread)
+
+
+def test_more_seeds_than_the_exact_test_takes_are_tested_by_t(tmp_path, declared):
+    many = replace(with_seeds(declared, 24), test="t")
+    row = analyse(done(tmp_path, many, partial(world, gain=0.3)))["joint"]["J"]["directions"]["und"]
+    assert row["p"] == row["p_t"] and row["p_sign_flip"] is None and row["n"] == 24
+
+
+def test_a_number_that_is_not_finite_stops_its_endpoint_and_not_the_report(tmp_path, declared):
+    def broken(config):
+        rows, costs = world(config)
+        bad = "G2/seed1" in str(config.run)
+        return [row | ({"value": float("nan")} if bad else {}) for row in rows], costs
+
+    folder = done(tmp_path, declared, broken)
+    said = report(folder)
+    assert "An endpoint has no scores" in said and "the error of G2 seed 1 is nan" in said
+    assert "The mean of G2 leaves out seed 1, whose gen is not a finite number." in said
+    found = json.loads((folder / "report" / "report.json").read_text())
+    assert found["arms"]["G2"]["endpoints"]["gen"]["n"] == 7 and found["joint"]["J"]["directions"]["und"]["n"] == 8
+
+
+def test_a_mistyped_row_fails_the_first_run_and_not_the_report(tmp_path, declared):
+    ends = declared.endpoints | {"gen": replace(declared.endpoints["gen"], row={"metric": "fdd"})}
+    job = next(job for job in final_jobs(declared, tmp_path, {}, 1) if job.group == "G1")
+    with pytest.raises(UmmError, match=r"endpoint 'gen': 0 rows have \{'metric': 'fdd'\}"):
+        perform_arm(world, replace(declared, endpoints=ends), job)
+    assert not job.done
+    perform_arm(world, declared, job)
+    assert job.done
+
+
+def test_a_control_with_too_few_seeds_is_no_refutation(tmp_path, declared):
+    arms = declared.arms | {name: replace(declared.arms[name], seeds=3) for name in ("U+sham", "G+sham")}
+    arms["more"] = replace(arms["U+sham"], role="more", seeds=3)
+    found = analyse(done(tmp_path, replace(declared, arms=arms), partial(world, gain=0.3)))
+    states = {row["what would refute it"]: row for row in falsification(found)}
+    assert states["a placebo arm reaches the joint arm's gain"]["state"] == "not tested"
+    assert "3 seeds cannot tell" in states["a placebo arm reaches the joint arm's gain"]["evidence"]
+    said = verdict(found)
+    assert "3 seeds cannot tell it from what any second loss does" in " ".join(said["sentences"])
+    assert said["title"] == "Both directions are shown, with reservations"  # no placebo that could have failed
+
+
+def test_a_control_with_too_few_seeds_does_not_take_the_claim_away(tmp_path, declared):
+    arms = declared.arms | {"U+more": replace(declared.arms["U+sham"], role="more", seeds=3)}
+    found = analyse(done(tmp_path, replace(declared, arms=arms), partial(world, gain=0.3, placebo=0.01)))
+    assert verdict(found)["title"] == "Both directions are shown"
+
+
+def test_equal_compute_is_measured_where_operations_are_counted(tmp_path, declared):
+    def dear(config):
+        rows, costs = world(config)
+        return rows, costs | {"flops": costs["flops"] * (1.2 if "J-cheap" in str(config.run) else 1)}
+
+    found = analyse(done(tmp_path / "dear", declared, partial(world, gain=0.3)))
+    assert "measured" not in " ".join(verdict(found)["sentences"])
+    found = analyse(done(tmp_path / "declared", declared, dear))
+    found["joint"]["J"]["decisions"]["shown"] = ["und"]
+    assert "J-cheap (measured: 1.2 x the operations of U1)" in " ".join(verdict(found)["sentences"])
+    evidence = {row["what would refute it"]: row["evidence"] for row in falsification(found)}
+    assert "1.2 x the operations of G1" in evidence["the gain vanishes at equal compute"]
+
+
+def test_costs_are_those_of_the_whole_run_though_a_first_attempt_failed_before_its_first_step(tmp_path, declared):
+    job = next(job for job in final_jobs(declared, tmp_path, {}, 1) if job.group == "J")
+
+    def no_decoder(config):
+        Run.create(config)
+        raise UmmError("there is no decoder.")
+
+    with pytest.raises(UmmError, match="no decoder"):
+        perform(no_decoder, job)
+    assert (job.folder / "config.yaml").exists()
+    perform(world, job)
+    assert json.loads((job.folder / "result.json").read_text())["costs"]["flops"] == 2_000_000
 
 
 def test_a_gain_that_a_placebo_has_too_is_not_the_partners(tmp_path, declared):
@@ -333,7 +527,8 @@ def test_an_endpoint_at_its_ceiling_is_said_and_a_floor_lifts_it(tmp_path, decla
         return [row | ({"value": 1.0} if row["metric"] == "accuracy" else {}) for row in rows], costs
 
     found = analyse(done(tmp_path / "a", declared, perfect))
-    assert verdict(found)["key"] == "unfinished" and "no logarithm" in " ".join(verdict(found)["sentences"])
+    assert verdict(found)["title"] == "An endpoint has no scores"
+    assert "no finite logarithm" in " ".join(verdict(found)["sentences"])
     ends = declared.endpoints | {"und": replace(declared.endpoints["und"], floor=0.01)}
     found = analyse(done(tmp_path / "b", replace(declared, endpoints=ends), perfect))
     assert found["joint"]["J"]["directions"]["und"]["mean"] == 0
@@ -447,7 +642,8 @@ def test_real_runs_are_trained_judged_and_counted_and_the_stop_arms_equal_the_sp
     assert [row["gap"] for row in found["stop"]] == [0.0, 0.0] and all(row["n"] == 2 for row in found["stop"])
     assert verdict(found)["key"] == "neither"
     costs = {name: arm["costs"] for name, arm in found["arms"].items()}
-    assert all(cost["images"] == 96 and cost["seconds"] > 0 for cost in costs.values())
+    assert all(cost["seconds"] > 0 for cost in costs.values())
+    assert costs["U"]["images"] == costs["G"]["images"] == 96 and costs["J"]["images"] == 192  # of all parts
     assert costs["U"]["flops"] < costs["G"]["flops"] < costs["J"]["flops"] == costs["U"]["flops"] + costs["G"]["flops"]
     run = folder / "J" / "seed1"
     assert (run / "model").is_dir() and (run / "eval" / "val.json").exists() and not (run / "checkpoints").exists()

@@ -142,7 +142,7 @@ def detectable(seeds: int, chance: float = 0.8, alpha: float = 0.05) -> float:
     """The effect that a two-sided paired t test sees with that chance, in standard deviations of the differences."""
     from scipy.optimize import brentq
 
-    return float(brentq(lambda effect: power(effect, seeds, alpha) - chance, 0, 50, xtol=1e-6))
+    return float(brentq(lambda effect: power(effect, seeds, alpha) - chance, 0, 1e6, xtol=1e-6))
 
 
 # ---------------------------------------------------------------------------------------------------------- scores

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from umm.config import flatten, read_yaml
 from umm.declared import SET_HERE, Declared, check_free, check_name, configuration, known, listed, typed
 from umm.errors import ConfigError
+from umm.seed_stats import MOST_SEEDS
 
 ROLES = ("single", "joint", "stop", "placebo", "distill", "more", "sequential", "floor", "front")
 CONTROLS = ("placebo", "distill", "more")  # arms whose gain is taken off the joint arm's
@@ -73,8 +74,8 @@ class Tuning:
     arms: list[str] = field(default_factory=list)
 
     def trials(self) -> list[dict[str, Any]]:
-        """[{setting: value}] of the grid."""
-        return [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
+        """[{dotted setting: value}] of the grid."""
+        return [dict(flatten(dict(zip(self.grid, values)))) for values in itertools.product(*self.grid.values())]
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Declaration(Declared):
     tuning: Any = None  # Tuning
     comparisons: list[Any] = field(default_factory=list)  # Comparisons
     alpha: float = 0.05  # two-sided
-    test: Literal["sign-flip", "t"] = "sign-flip"  # decides; the exact one needs 6 seeds to reach 0.05
+    test: Literal["sign-flip", "t"] = "sign-flip"  # decides; at 0.05 the exact one needs 6 seeds for both, 7 for one
     tolerance: float = 1e-6  # relative difference of errors by which a stop arm may miss its specialist
 
     @classmethod
@@ -136,9 +137,11 @@ class Declaration(Declared):
         return sorted(names, key=lambda name: self.arms[name].compute)
 
     def settings(self, arm: str, folder: Path, seed: int, split: str, chosen: dict[str, Any] | None = None) -> dict:
-        """{dotted setting: value} of one run."""
+        """{dotted setting: value} of one run; a point of the front keeps its own place on it, whatever was chosen."""
         mine = {"run": str(folder), "seed": seed, "eval.split": split}
-        return self.arms[arm].overrides | (chosen or {}) | mine
+        kept = {self.front.key} if self.arms[arm].role == "front" else set()
+        tuned = {key: value for key, value in (chosen or {}).items() if key not in kept}
+        return self.arms[arm].overrides | tuned | mine
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -165,6 +168,8 @@ def read_declaration(file: str | Path) -> Declaration:
         config = configuration(declared.task, settings, f"arm '{name}' of {file}")
         if declared.front and name == declared.headline:  # its own place on the front, said or by default
             declared.arms[name].overrides.setdefault(declared.front.key, OmegaConf.select(config, declared.front.key))
+    if declared.tuning:
+        try_trials(declared, declared.tuning, file)
     return declared
 
 
@@ -195,6 +200,10 @@ def check(declared: Declaration, file: str | Path) -> None:
         raise ConfigError(f"{file}: alpha={declared.alpha} must lie between 0 and 1.")
     if not declared.folder:
         raise ConfigError(f"{file}: folder is not given: where are the runs to be?")
+    if declared.test == "sign-flip" and len(declared.seeds) > MOST_SEEDS:
+        raise ConfigError(
+            f"{file}: the exact sign-flip test takes up to {MOST_SEEDS} seeds, not {len(declared.seeds)}: set test: t."
+        )
     if declared.front and not (declared.front.key and declared.front.values):
         raise ConfigError(f"{file}: front needs a key, e.g. joint.weights.und, and values.")
     for name, arm in declared.arms.items():
@@ -247,8 +256,40 @@ def check_endpoint(declared: Declaration, name: str, endpoint: Endpoint, file: s
 def check_tuning(declared: Declaration, tuning: Tuning, file: str | Path) -> None:
     for name in tuning.arms:
         known(name, declared.arms, f"{file}: tuning.arms", "arm")
-    if not tuning.arms or not tuning.grid or not tuning.seeds or set(tuning.seeds) & set(declared.seeds):
+        if not set(measured(declared, name)) & set(declared.primary):
+            raise ConfigError(f"{file}: tuning.arms: '{name}' measures no primary endpoint that it could be tuned by.")
+    given = tuning.arms and tuning.grid and tuning.trials() and tuning.seeds
+    if not given or set(tuning.seeds) & set(declared.seeds):
         raise ConfigError(f"{file}: tuning needs arms, a grid, and seeds that are none of the experiment's.")
+
+
+def try_trials(declared: Declaration, tuning: Tuning, file: str | Path) -> None:
+    """Refuse settings of the grid that no run takes, or that would undo what sets the arms apart.
+
+    Raises:
+        ConfigError: one sentence; `declared` is folded.
+    """
+    where = f"{file}: tuning.grid"
+    for trial in tuning.trials():
+        check_free(trial, where)
+        if "train.images" in trial:
+            raise ConfigError(f"{where}: train.images is the compute that arms declare, and cannot be tuned.")
+        first = tuning.arms[0]
+        configuration(declared.task, declared.settings(first, Path("x"), 0, declared.split, trial), where)
+        for name, arm in declared.arms.items():
+            if arm.tuned_as and arm.role != "front":
+                check_same(declared, name, arm.tuned_as, trial, where)
+
+
+def check_same(declared: Declaration, name: str, tuned_as: str, trial: dict[str, Any], where: str) -> None:
+    """Refuse a tuned setting in which an arm is meant to differ from the one it takes its settings from."""
+    mine, theirs = declared.arms[name].overrides, declared.arms[tuned_as].overrides
+    for key in trial:
+        if key in mine and mine[key] != theirs.get(key):
+            raise ConfigError(
+                f"{where}: arm '{name}' sets '{key}' to {mine[key]!r}, which what is chosen for {tuned_as} would "
+                "replace: leave it out of the grid, or tune the arm by itself."
+            )
 
 
 def measured(declared: Declaration, arm: str) -> list[str]:

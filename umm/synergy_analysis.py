@@ -18,14 +18,15 @@ from umm.many_runs import mean_costs, results
 from umm.seed_stats import mean_of
 from umm.stats import standardised
 from umm.synergy import CONTROLS, Declaration
-from umm.synergy_run import error_of, number
+from umm.synergy_run import chosen_before, error_of, number
 
 
 class Numbers:
-    """The results of a folder: the endpoints' numbers of every arm and seed."""
+    """The results of a folder: the endpoints' numbers of every arm and seed, and what tuning chose."""
 
     def __init__(self, folder: Path):
         self.declared = Declaration.sealed(folder)
+        self.tuned = chosen_before(folder) if self.declared.tuning else {}
         self.found = {name: results(folder / name, self.declared.sha256) for name in self.declared.arms}
         self.rows: dict[tuple[str, str], dict[int, dict]] = {}  # (arm, endpoint) -> {seed: row}
         for name, arm in self.declared.arms.items():
@@ -38,15 +39,34 @@ class Numbers:
         self.problems = {e: sentence for e in self.declared.endpoints if (sentence := self.no_logarithm(e))}
 
     def no_logarithm(self, endpoint: str) -> str | None:
-        """Why an endpoint has no scores: an error that is not positive."""
+        """Why an endpoint has no scores: an error that is not positive, or not finite."""
         for (arm, name), rows in self.rows.items():
             for seed, error in zip(rows, self.errors(arm, endpoint, list(rows)) if name == endpoint else ()):
-                if not error > 0:
+                if not 0 < error < math.inf:
                     return (
                         f"{endpoint} has no scores: the error of {arm} seed {seed} is {error:.4g}, which has no "
-                        "logarithm. Declare an endpoint off its ceiling, or one with a floor."
+                        "finite logarithm. Declare an endpoint off its ceiling, or one with a floor."
                     )
         return None
+
+    def finite(self, arm: str, endpoint: str) -> list[int]:
+        """The seeds whose number is finite."""
+        return [seed for seed, row in self.rows[arm, endpoint].items() if math.isfinite(row["value"])]
+
+    def left_out(self) -> list[str]:
+        """A sentence for every mean that is not over all seeds."""
+        said = []
+        for (arm, endpoint), rows in self.rows.items():
+            if lost := sorted(set(rows) - set(self.finite(arm, endpoint))):
+                seeds = ", ".join(map(str, lost))
+                said.append(f"The mean of {arm} leaves out seed {seeds}, whose {endpoint} is not a finite number.")
+        return said
+
+    def place(self, arm: str) -> float:
+        """Where an arm lies on the front: by tuning, where that chose it, else as declared."""
+        key, declared = self.declared.front.key, self.declared.arms[arm]
+        tuned = {} if declared.role == "front" else self.tuned.get(declared.tuned_as or arm, {})
+        return (declared.overrides | tuned)[key]
 
     def seeds(self, endpoint: str, *arms: str) -> list[int]:
         """The seeds with which all these arms can be compared."""
@@ -77,6 +97,7 @@ def analyse(folder: Path) -> dict:
         "about": declared.about,
         "sha256": declared.sha256,
         "declaration": asdict(declared),
+        "tuned": numbers.tuned,
         "runs": runs(numbers),
         "arms": {name: arm_numbers(numbers, name) for name in declared.arms},
         "joint": joint,
@@ -102,7 +123,8 @@ def runs(numbers: Numbers) -> dict:
     missing = {name: wanted[name] - done[name] for name in wanted if done[name] < wanted[name]}
     counts = {"wanted": sum(wanted.values()), "done": sum(done.values())}
     counts |= {"missing": missing, "commits": sorted(map(str, commits))}
-    return counts | {"problems": list(numbers.problems.values())}
+    counts["unscored"] = [endpoint for endpoint in declared.primary if endpoint in numbers.problems]
+    return counts | {"problems": [*numbers.problems.values(), *numbers.left_out()]}
 
 
 def arm_numbers(numbers: Numbers, name: str) -> dict:
@@ -112,24 +134,43 @@ def arm_numbers(numbers: Numbers, name: str) -> dict:
     endpoints = {}
     for endpoint in arm.measures:
         values = {seed: row["value"] for seed, row in numbers.rows[name, endpoint].items()}
-        errors = mean_of(numbers.errors(name, endpoint, list(values)), numbers.declared.alpha)
-        mean = mean_of(list(values.values()), numbers.declared.alpha)
+        seeds = numbers.finite(name, endpoint)
+        errors = mean_of(numbers.errors(name, endpoint, seeds), numbers.declared.alpha)
+        mean = mean_of(numbers.values(name, endpoint, seeds), numbers.declared.alpha)
         endpoints[endpoint] = {"per_seed": values, **mean, "error": errors}
     return {"role": arm.role, "compute": arm.compute, "about": arm.about, "costs": means, "endpoints": endpoints}
 
 
 def tested(scores: np.ndarray, seeds: Sequence[int], declared: Declaration) -> dict | None:
-    """Mean, interval, p values and effect sizes of scores over seeds; None below two seeds."""
+    """Mean, interval, p values and effect sizes of scores over seeds; None below two seeds.
+
+    `decidable`: whether the deciding test can reach alpha with that many seeds, whatever the scores.
+    """
     if len(scores) < 2:
         return None
-    spread = float(np.std(scores, ddof=1))
-    p = {"sign-flip": seed_stats.exact_sign_flip_p(scores), "t": seed_stats.t_p(scores)}
+    few = len(scores) <= seed_stats.MOST_SEEDS or declared.test == "sign-flip"
+    p = {"sign-flip": seed_stats.exact_sign_flip_p(scores) if few else None, "t": seed_stats.t_p(scores)}
     found = {"per_seed": dict(zip(seeds, scores.tolist()))} | mean_of(scores, declared.alpha)
     found |= {"p": p[declared.test], "p_sign_flip": p["sign-flip"], "p_t": p["t"], "d": standardised(scores)}
     found["percent"] = 100 * (1 - math.exp(-found["mean"]))  # of the error that is gone
-    found["detectable"] = seed_stats.detectable(len(scores), alpha=declared.alpha) * spread
+    found["decidable"] = least_p(len(scores), declared) <= declared.alpha
     significant = found["p"] <= declared.alpha
     return found | {"better": significant and found["mean"] > 0, "worse": significant and found["mean"] < 0}
+
+
+def least_p(seeds: int, declared: Declaration) -> float:
+    """The smallest p that the deciding test can give."""
+    return seed_stats.smallest_p(seeds) if declared.test == "sign-flip" else 0.0
+
+
+def detectable(scores: np.ndarray, declared: Declaration) -> float | None:
+    """The mean that a t test at alpha / 2, one direction alone, would have shown four times in five.
+
+    None where the deciding test cannot show one direction alone with so few seeds.
+    """
+    if 2 * least_p(len(scores), declared) > declared.alpha:
+        return None
+    return seed_stats.detectable(len(scores), alpha=declared.alpha / 2) * float(np.std(scores, ddof=1))
 
 
 # -------------------------------------------------------------------------------------------------------- joint arms
@@ -146,11 +187,13 @@ def direction(numbers: Numbers, arm: str, endpoint: str) -> dict | None:
     """s of one endpoint, and what is shown about harm and equivalence within the margin."""
     how = numbers.declared.endpoints[endpoint]
     seeds = numbers.seeds(endpoint, arm, how.single)
-    found = tested(numbers.score(arm, how.single, endpoint, seeds), seeds, numbers.declared)
+    scores = numbers.score(arm, how.single, endpoint, seeds)
+    found = tested(scores, seeds, numbers.declared)
     if found is None:
         return None
+    found["detectable"] = detectable(scores, numbers.declared)
     if how.margin_in == "percent":
-        differences, margin = np.array(list(found["per_seed"].values())), math.log1p(how.margin / 100)
+        differences, margin = scores, math.log1p(how.margin / 100)
     else:
         sign = -1 if how.error == "value" else 1
         differences = sign * (numbers.values(arm, endpoint, seeds) - numbers.values(how.single, endpoint, seeds))
@@ -161,22 +204,31 @@ def direction(numbers: Numbers, arm: str, endpoint: str) -> dict | None:
 
 
 def decisions(directions: dict[str, dict | None], declared: Declaration) -> dict | None:
-    """Both: intersection-union, no correction. Either: Holm over the two. None while a direction has no numbers."""
+    """Both: intersection-union, no correction. Either: Holm over the two. Gain and harm are shown by the same rule.
+
+    None while a direction has no numbers.
+    """
     if len(directions) < 2 or None in directions.values():
         return None
     p = {name: found["p"] for name, found in directions.items()}
     adjusted = seed_stats.holm(p)
-    up = {name: found["mean"] > 0 for name, found in directions.items()}
     p_both = seed_stats.intersection_union(p.values())
-    both = all(up.values()) and p_both <= declared.alpha
-    shown = [name for name in p if both or (up[name] and adjusted[name] <= declared.alpha)]
-    harmed = [name for name in p if not up[name] and adjusted[name] <= declared.alpha]
+
+    def decided(sign: int) -> tuple[bool, list[str]]:
+        """Whether both directions have that sign, and which are shown to."""
+        fit = {name: sign * found["mean"] > 0 for name, found in directions.items()}
+        both = all(fit.values()) and p_both <= declared.alpha
+        return both, [name for name in p if both or (fit[name] and adjusted[name] <= declared.alpha)]
+
+    (both, shown), (both_harmed, harmed) = decided(1), decided(-1)
     return {
         "p_both": p_both,
         "both": both,
+        "both_harmed": both_harmed,
         "p_holm": adjusted,
         "shown": shown,
         "harmed": harmed,
+        "least_p": least_p(min(found["n"] for found in directions.values()), declared),
         "no_harm": [name for name, found in directions.items() if found["p_harm"] <= declared.alpha],
         "equivalent": [name for name, found in directions.items() if found["p_different"] <= declared.alpha],
     }
@@ -274,7 +326,7 @@ def front(numbers: Numbers) -> list[dict]:
     seeds = {endpoint: numbers.seeds(endpoint, *names) for endpoint in declared.primary}
     for name in names if all(seeds.values()) else ():
         errors = {e: mean_of(numbers.errors(name, e, seeds[e]), declared.alpha) for e in declared.primary}
-        points.append({"arm": name, "value": declared.arms[name].overrides[declared.front.key], "errors": errors})
+        points.append({"arm": name, "value": numbers.place(name), "errors": errors})
     first, second = declared.primary
     places = [(point["errors"][first]["mean"], point["errors"][second]["mean"]) for point in points]
     for point, (x, y) in zip(points, places):

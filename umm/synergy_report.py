@@ -51,7 +51,7 @@ def sections(found: dict, drawn: Drawn) -> list[Section]:
         Section("What would refute it", [], found["falsification"], "Each way to be wrong, and how the claim fared."),
         Section("Exploratory", [], exploratory_rows(found), "Not the question asked; q is Benjamini and Hochberg's."),
         Section("What they draw", drawn=[name for name in drawn if name.startswith("grid-")]),
-        Section("Arms", [], arm_rows(found), "Means over seeds with intervals, and what a run cost."),
+        Section("Arms", [], arm_rows(found), COSTS_MEAN),
         Section("Per seed", [], seed_rows(found), "The number of every arm with every seed."),
         Section("Declared before the first run", declared(found)),
     ]
@@ -60,13 +60,14 @@ def sections(found: dict, drawn: Drawn) -> list[Section]:
 
 S_MEANS = (
     "s = log(error alone / error together), paired by seed: positive is better together. Gain: the part of the error "
-    "that is gone. Detectable: the s that would have been seen four times in five. A small p of no harm, or of "
-    "equality, shows it within the margin."
+    "that is gone. Detectable: the s that would have been shown alone, corrected for two tests, four times in five. A "
+    "small p of no harm, or of equality, shows it within the margin."
 )
 SIGMA_MEANS = (
     "The joint arm's errors are read back on the specialists' learning curves: 1 is worth two specialists sharing its "
     "compute, 2 is each task as good as with all of it, more is 1 + 1 > 2. `>` and `<`: beyond the curve's end."
 )
+COSTS_MEAN = "Means over seeds with intervals, and what a run cost; images are those of all its parts together."
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -165,4 +166,7 @@ def declared(found: dict) -> list[str]:
         kind = "primary" if endpoint["primary"] else "exploratory"
         unit = " %" if endpoint["margin_in"] == "percent" else ""
         lines.append(f"{name} ({kind}): {row}; error = {endpoint['error']}; margin {endpoint['margin']:g}{unit}.")
+    for name, settings in found["tuned"].items():
+        chosen = ", ".join(f"{key}={value}" for key, value in settings.items())
+        lines.append(f"Tuning on seeds {', '.join(map(str, said['tuning']['seeds']))} chose for {name}: {chosen}.")
     return lines

@@ -15,9 +15,12 @@ from typing import Any
 
 from umm.errors import UmmError
 from umm.many_runs import Job, Judge, perform, results, row_of, sigterm_raises, train_and_judge, work
-from umm.runs import lock, write_atomic
+from umm.runs import lock, reading, write_atomic
 from umm.synergy import Declaration, Endpoint, read_declaration
 from umm.workers import cores
+
+TUNED = "tuning.json"
+TRIAL = " trial "  # between an arm and the number of its trial; no arm has a space in its name
 
 
 def run_synergy(
@@ -43,7 +46,7 @@ def run_synergy(
     folder = Path(out or declared.folder)
     declared.seal(folder)
     lock(folder)
-    todo = partial(work, jobs=jobs or cores(), do=partial(perform, judge or train_and_judge))
+    todo = partial(work, jobs=jobs or cores(), do=partial(perform_arm, judge or train_and_judge, declared))
     with sigterm_raises():
         chosen: dict[str, dict[str, Any]] = {}
         if declared.tuning:
@@ -65,6 +68,17 @@ def final_jobs(declared: Declaration, folder: Path, chosen: dict[str, dict], lim
                 settings = declared.settings(name, place, seed, declared.split, tuned)
                 jobs.append(Job(name, seed, place, declared.task, settings, declared.sha256))
     return jobs
+
+
+def perform_arm(judge: Judge, declared: Declaration, job: Job) -> None:
+    """Do a job; an endpoint whose row is not among those found fails the first run, not the report."""
+    arm = declared.arms[job.group.partition(TRIAL)[0]]
+
+    def look_up(rows: list[dict]) -> None:
+        for name in arm.measures:
+            number(rows, declared.endpoints[name], name)
+
+    perform(judge, job, look_up)
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -100,7 +114,7 @@ def tuning_jobs(declared: Declaration, folder: Path) -> list[Job]:
             for seed in declared.tuning.seeds:
                 place = folder / "tuning" / name / f"trial{k}" / f"seed{seed}"
                 settings = declared.settings(name, place, seed, "val", trial)
-                jobs.append(Job(f"{name} trial {k}", seed, place, declared.task, settings, declared.sha256))
+                jobs.append(Job(f"{name}{TRIAL}{k}", seed, place, declared.task, settings, declared.sha256))
     return jobs
 
 
@@ -113,16 +127,24 @@ def choose(declared: Declaration, folder: Path) -> dict[str, dict[str, Any]]:
         best = min(range(len(places)), key=scores[name].__getitem__)
         chosen[name] = declared.tuning.trials()[best]
     text = {"trials": declared.tuning.trials(), "mean_log_error": scores, "chosen": chosen}
-    write_atomic(folder / "tuning.json", json.dumps(text, indent=1))
+    write_atomic(folder / TUNED, json.dumps(text, indent=1))
     return chosen
 
 
+def chosen_before(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `choose` has written in the folder of an experiment; empty where nothing was tuned."""
+    file = folder / TUNED
+    with reading(file, "umm synergy run writes it anew"):
+        return json.loads(file.read_text())["chosen"] if file.exists() else {}
+
+
 def score(declared: Declaration, arm: str, found: dict[int, dict]) -> float:
-    """Mean log error of one trial; an error that is not positive is as good as it gets."""
+    """Mean log error of one trial; an error that is not positive is as good as it gets, one not finite as bad."""
     endpoints = {name: declared.endpoints[name] for name in declared.arms[arm].measures if name in declared.primary}
     errors = [
         error_of(number(result["rows"], endpoint, name)["value"], endpoint)
         for result in found.values()
         for name, endpoint in endpoints.items()
     ]
-    return sum(math.log(max(error, 1e-12)) for error in errors) / len(errors)
+    logs = [math.log(max(error, 1e-12)) if math.isfinite(error) else math.inf for error in errors]
+    return sum(logs) / len(logs)

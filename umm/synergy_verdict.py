@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from umm.seed_stats import smallest_p
+import math
 
 KEYS = {
     "leak": "The instrument leaks",
     "both": "Both directions are shown",
     "one": "One direction is shown",
+    "mixed": "One direction is shown, and harm in the other",
+    "both harmed": "Harm is shown in both directions",
+    "harmed": "Harm is shown in one direction",
     "neither": "Neither direction is shown",
+    "unscored": "An endpoint has no scores",
     "unfinished": "Not enough runs are in",
 }
+OFF = 0.05  # of the declared ratio of two arms' compute: where the measured one differs by more, it is said
 
 
 def verdict(found: dict) -> dict:
@@ -26,91 +31,129 @@ def verdict(found: dict) -> dict:
         sentences.append("No stop-gradient arm was run, so a leak in the instrument is not excluded.")
     if joint["decisions"]:
         sentences += decision_sentences(found, headline, joint)
-        if joint["decisions"]["shown"]:
-            sentences += control_sentences(found, joint["decisions"]["shown"])
+        sentences += control_sentences(found, joint["decisions"]["shown"])
+        sentences += harm_sentences(found, joint["decisions"]["harmed"])
     sentences += sigma_sentences(headline, joint["sigma"])
-    doubtful = key in ("both", "one") and not withstood(found, joint["decisions"]["shown"])
+    doubtful = key in ("both", "one", "mixed") and not withstood(found, joint["decisions"]["shown"])
     title = KEYS[key] + (", with reservations" if doubtful else "")
     return {"key": key, "title": title, "sentences": sentences + caveats(found)}
 
 
 def withstood(found: dict, shown: list[str]) -> bool:
-    """Was the instrument tested, and do the shown gains survive a placebo, all other controls, and equal compute?"""
+    """Was the instrument tested, and do the shown gains survive a placebo, all other controls, and equal compute?
+
+    Arms with too few seeds to decide anything do not count, neither for nor against.
+    """
     for endpoint in shown:
-        rows = [row for row in found["controls"] if row["endpoint"] == endpoint and row["adjusted"]]
-        equal = equal_compute(found, endpoint)
-        survived = [row["adjusted"]["better"] for row in rows] + [row["better"] for _, row in equal]
+        rows = [row for row in controls_of(found, endpoint) if row["adjusted"]["decidable"]]
+        equal = [row for _, row in equal_compute(found, endpoint) if row["decidable"]]
+        survived = [row["adjusted"]["better"] for row in rows] + [row["better"] for row in equal]
         if not equal or not any(row["role"] == "placebo" for row in rows) or not all(survived):
             return False
     return bool(found["stop"]) and not found["judges"]
+
+
+def controls_of(found: dict, endpoint: str) -> list[dict]:
+    """The control arms that have been compared with the headline arm on an endpoint."""
+    return [row for row in found["controls"] if row["endpoint"] == endpoint and row["adjusted"]]
 
 
 def verdict_key(found: dict, decisions: dict | None) -> str:
     if any(row["leak"] for row in found["stop"]):
         return "leak"
     if decisions is None:
-        return "unfinished"
-    return "both" if decisions["both"] else "one" if decisions["shown"] else "neither"
+        return "unscored" if found["runs"]["unscored"] else "unfinished"
+    if decisions["both"] or decisions["both_harmed"]:
+        return "both" if decisions["both"] else "both harmed"
+    if decisions["shown"]:
+        return "mixed" if decisions["harmed"] else "one"
+    return "harmed" if decisions["harmed"] else "neither"
 
 
 def leak_sentence(row: dict) -> str:
     return (
         f"With the partner's gradient stopped, {row['arm']} must equal {row['single']} on {row['endpoint']}, but at "
-        f"seed {row['seed']} their errors differ by {100 * row['gap']:.2g} %."
+        f"seed {row['seed']} their errors differ by {100 * row['gap']:.3g} %."
     )
 
 
 def decision_sentences(found: dict, headline: str, joint: dict) -> list[str]:
     """The two directions, then what may be said of them together."""
     decisions, directions = joint["decisions"], joint["directions"]
-    alpha = found["declaration"]["alpha"]
     sentences = [direction_sentence(name, row, decisions) for name, row in directions.items()]
-    cost = found["arms"][headline]["compute"]
-    at = f"{headline} (with {cost:g} x the specialist's compute on what is shared)"
-    if decisions["both"]:
-        sentences.append(f"So {at} is better in both directions (intersection-union p = {decisions['p_both']:.3g}).")
-    elif len(decisions["shown"]) == 1:
-        sentences.append(f"So one direction is shown for {at}, and no more may be claimed.")
-    elif len(decisions["shown"]) == 0:
-        sentences.append(f"So no gain of {at} is shown. That is not yet evidence of no effect; see the margins below.")
-    n = min(row["n"] for row in directions.values())
-    if found["declaration"]["test"] == "sign-flip" and smallest_p(n) > alpha:
-        sentences.append(f"{n} seeds cannot show anything: the exact test's smallest p is {smallest_p(n):.3g}.")
+    measured = [measured_compute(found, headline, row["single"]) for row in directions.values()]
+    cost = f"with {found['arms'][headline]['compute']:g} x the specialist's compute on what is shared"
+    cost += f"; measured: {', '.join(filter(None, measured))}" if any(measured) else ""
+    at = f"{headline} ({cost})"
+    sentences.append(together_sentence(at, decisions))
+    n, least, alpha = min(row["n"] for row in directions.values()), decisions["least_p"], found["declaration"]["alpha"]
+    if least > alpha:
+        sentences.append(f"{n} seeds cannot show anything: the exact test's smallest p is {least:.3g}.")
+    elif 2 * least > alpha:
+        sentences.append(
+            f"{n} seeds cannot show one direction alone: corrected for two, the exact test's smallest p is "
+            f"{2 * least:.3g}."
+        )
     return sentences
+
+
+def together_sentence(at: str, decisions: dict) -> str:
+    """What the two directions say of a joint arm."""
+    p = f"(intersection-union p = {decisions['p_both']:.3g})"
+    if decisions["both"]:
+        return f"So {at} is better in both directions {p}."
+    if decisions["both_harmed"]:
+        return f"So {at} is worse in both directions {p}."
+    shown, harmed = decisions["shown"], decisions["harmed"]
+    if shown and harmed:
+        return f"So {at} is better in one direction and worse in the other."
+    if shown:
+        return f"So one direction is shown for {at}, and no more may be claimed."
+    if harmed:
+        return f"So {at} is worse in one direction, and no gain is shown."
+    unsettled = [name for name in decisions["p_holm"] if name not in decisions["equivalent"]]
+    if not unsettled:
+        return f"So {at} is as good as the specialists, within the margins."
+    of = "" if len(unsettled) == len(decisions["p_holm"]) else f", for {unsettled[0]},"
+    return f"So no gain of {at} is shown. That is not{of} evidence of no effect."
 
 
 def direction_sentence(name: str, row: dict, decisions: dict) -> str:
     """One direction: size, interval, p, and where nothing is shown, what could have been."""
-    size = f"{abs(row['percent']):.2g} % {'lower' if row['percent'] >= 0 else 'higher'}"
     facts = f"s = {interval(row, 3)}, p = {row['p']:.3g}, {row['n']} seeds"
-    text = f"{name}: the error is {size} than that of {row['single']} ({facts})"
+    text = f"{name}: the error is {size(row['mean'])} that of {row['single']} ({facts})"
+    little = f", by less than the margin of {row['margin']}" if name in decisions["equivalent"] else ""
     if name in decisions["shown"]:
-        return f"{text}: the partner helps."
+        return f"{text}: the partner helps{little}."
     if name in decisions["harmed"]:
-        return f"{text}: the partner harms."
+        return f"{text}: the partner harms{little}."
     if name in decisions["equivalent"]:
         return f"{text}: shown to be equal within the margin of {row['margin']} (p = {row['p_different']:.3g})."
     if name in decisions["no_harm"]:
         return f"{text}: no gain is shown, but no loss beyond the margin of {row['margin']} (p = {row['p_harm']:.3g})."
-    return (
-        f"{text}: neither help nor harm nor equality within {row['margin']} is shown; an effect of s = "
-        f"{row['detectable']:.2g} would have been seen four times in five."
-    )
+    text += f": neither help nor harm nor equality within {row['margin']} is shown"
+    if row["detectable"] is None:
+        return f"{text}."
+    return f"{text}; an effect of s = {row['detectable']:.2g} would have been shown alone four times in five."
+
+
+def size(score: float) -> str:
+    """What a mean s does to an error: '8.3 % higher than' it was alone, or '10 times'."""
+    factor = math.exp(abs(score))
+    if factor >= 2:
+        return f"{factor:.2g} times" if score < 0 else f"{factor:.2g} times smaller than"
+    percent = 100 * abs(1 - math.exp(-score))
+    return f"{percent:.{1 if percent < 10 else 0}f} % {'lower' if score >= 0 else 'higher'} than"
 
 
 def control_sentences(found: dict, shown: list[str]) -> list[str]:
     """Whether the shown gains survive the controls and equal compute."""
     sentences = []
     for endpoint in shown:
-        rows = [row for row in found["controls"] if row["endpoint"] == endpoint and row["adjusted"]]
+        rows = controls_of(found, endpoint)
         if not any(row["role"] == "placebo" for row in rows):
             sentences.append(f"{endpoint}: no placebo arm was run, so the gain may be that of any second loss.")
-        for row in rows:
-            ahead = f"the gain is {interval(row['adjusted'], 3)} above that of {row['arm']}"
-            if row["adjusted"]["better"]:
-                sentences.append(f"{endpoint}: {ahead} (p = {row['adjusted']['p']:.3g}): more than {WHY[row['role']]}.")
-            else:
-                sentences.append(f"{endpoint}: {ahead}, which does not set it apart from {WHY[row['role']]}.")
+        sentences += [control_sentence(endpoint, row) for row in rows]
         sentences += equal_compute_sentences(found, endpoint)
     return sentences
 
@@ -122,19 +165,59 @@ WHY = {
 }
 
 
+def harm_sentences(found: dict, harmed: list[str]) -> list[str]:
+    """Whether the shown harm is more than that of a placebo."""
+    sentences, why = [], WHY["placebo"]
+    for endpoint in harmed:
+        rows = [row for row in controls_of(found, endpoint) if row["role"] == "placebo"]
+        if not rows:
+            sentences.append(f"{endpoint}: no placebo arm was run, so the harm may be that of any second loss.")
+        for row in rows:
+            adjusted = row["adjusted"]
+            text = f"{endpoint}: s less that of {row['arm']} is {interval(adjusted, 3)}"
+            if not adjusted["decidable"]:
+                sentences.append(f"{text}: {adjusted['n']} seeds cannot tell the harm from {why}.")
+            elif adjusted["worse"]:
+                sentences.append(f"{text} (p = {adjusted['p']:.3g}): more harm than {why}.")
+            else:
+                sentences.append(f"{text}, which does not set the harm apart from {why}.")
+    return sentences
+
+
+def control_sentence(endpoint: str, row: dict) -> str:
+    adjusted, why = row["adjusted"], WHY[row["role"]]
+    ahead = f"{endpoint}: the gain is {interval(adjusted, 3)} above that of {row['arm']}"
+    if not adjusted["decidable"]:
+        return f"{ahead}: {adjusted['n']} seeds cannot tell it from {why}."
+    if adjusted["better"]:
+        return f"{ahead} (p = {adjusted['p']:.3g}): more than {why}."
+    if adjusted["worse"]:
+        return f"{ahead} (p = {adjusted['p']:.3g}): less than {why}."
+    return f"{ahead}, which does not set it apart from {why}."
+
+
 def equal_compute_sentences(found: dict, endpoint: str) -> list[str]:
     rows = equal_compute(found, endpoint)
     if not rows:
         return [f"{endpoint}: no joint arm had the specialist's compute, so the gain may be that of its larger budget."]
     return [
-        f"{endpoint}: at the specialist's compute, {name} has s = {interval(row, 2)} (p = {row['p']:.3g}): "
-        + ("the gain remains." if row["better"] else "the gain is not shown there.")
+        f"{endpoint}: at the specialist's compute, {beside(found, name, row)} has s = {interval(row, 2)} "
+        f"(p = {row['p']:.3g}): {remains(row)}."
         for name, row in rows
     ]
 
 
+def remains(row: dict) -> str:
+    """What becomes of a gain at equal compute."""
+    if not row["decidable"]:
+        return f"{row['n']} seeds cannot tell whether the gain remains"
+    if row["better"]:
+        return "the gain remains"
+    return "there it is a loss" if row["worse"] else "the gain is not shown there"
+
+
 def equal_compute(found: dict, endpoint: str) -> list[tuple[str, dict]]:
-    """[(joint arm, its direction)] of those that spent no more than the specialist."""
+    """[(joint arm, its direction)] of those that spent no more than the specialist, as declared."""
     budget = found["arms"][found["declaration"]["endpoints"][endpoint]["single"]]["compute"]
     rows = [
         (name, joint["directions"].get(endpoint))
@@ -142,6 +225,22 @@ def equal_compute(found: dict, endpoint: str) -> list[tuple[str, dict]]:
         if found["arms"][name]["compute"] <= budget
     ]
     return [(name, row) for name, row in rows if row]
+
+
+def beside(found: dict, name: str, row: dict) -> str:
+    """A joint arm, with what it really cost where that is not what was declared."""
+    measured = measured_compute(found, name, row["single"])
+    return f"{name} (measured: {measured})" if measured else name
+
+
+def measured_compute(found: dict, name: str, single: str) -> str | None:
+    """The operations of an arm over those of a specialist, where they are known and not in the declared ratio."""
+    arms = found["arms"]
+    mine, its = (arms[arm]["costs"].get("flops") for arm in (name, single))
+    if not mine or not its:
+        return None
+    ratio, declared = mine / its, arms[name]["compute"] / arms[single]["compute"]
+    return f"{ratio:.3g} x the operations of {single}" if abs(ratio / declared - 1) > OFF else None
 
 
 def sigma_sentences(arm: str, sigma: dict) -> list[str]:
@@ -196,33 +295,41 @@ def falsification(found: dict) -> list[dict]:
         ("distill", "distillation from the encoder reaches it"),
     ):
         arms = [row for row in found["controls"] if row["role"] == role and row["adjusted"]]
-        failed = [row for row in arms if not row["adjusted"]["better"]]
-        texts = [f"{row['endpoint']}: {row['arm']} leaves {interval(row['adjusted'], 3)}" for row in arms]
-        rows.append(refutation(claim, arms, failed, texts))
+        texts = [f"{row['endpoint']}: {row['arm']} leaves {leaves(row['adjusted'], 3)}" for row in arms]
+        rows.append(comparison(claim, [row["adjusted"] for row in arms], texts))
     same = [(e, name, row) for e in joint["directions"] for name, row in equal_compute(found, e)]
-    texts = [f"{endpoint}: {name} has s = {interval(row, 2)}" for endpoint, name, row in same]
-    rows.append(refutation("the gain vanishes at equal compute", same, [s for s in same if not s[2]["better"]], texts))
+    texts = [f"{endpoint}: {beside(found, name, row)} has s = {leaves(row, 2)}" for endpoint, name, row in same]
+    rows.append(comparison("the gain vanishes at equal compute", [row for *_, row in same], texts))
     alike = tuned_alike(found["declaration"])
     text = "all were tuned with the same trials" if alike else "the arms were not all tuned with the same trials"
-    lost = failed_directions(decisions)
-    rows.append(refutation("the gain vanishes when specialists are tuned alike", alike, lost, [text]))
+    able = decisions and decisions["least_p"] <= found["declaration"]["alpha"]
+    lost = not (able and decisions["both"])
+    claim = "the gain vanishes when specialists are tuned alike"
+    rows.append(refutation(claim, able and alike, lost, [text]))
     rows += sigma_refutations(joint["sigma"])
     text = [f"shown: {', '.join(decisions['shown']) or 'none'}"] if decisions else []
-    rows.append(refutation("there is no gain, or in one direction only", decisions, lost, text))
+    rows.append(refutation("there is no gain, or in one direction only", able, lost, text))
     conflicts = found["judges"] or ["no judge of a primary endpoint took part in the training"]
     rows.append(refutation("the gain is seen only in a judge that took part", True, found["judges"], conflicts))
     other = ["needs experiments of its own"]
     return [*rows, refutation("the sign flips across sizes or data sets", False, [], other)]
 
 
+def leaves(row: dict, digits: int) -> str:
+    """A score, and that so few seeds decide nothing."""
+    return interval(row, digits) + ("" if row["decidable"] else f" ({row['n']} seeds cannot tell)")
+
+
+def comparison(claim: str, scores: list[dict], evidence: list[str]) -> dict:
+    """A refutation by scores that must be better than 0; those of too few seeds are no test."""
+    able = [row for row in scores if row["decidable"]]
+    return refutation(claim, able, [row for row in able if not row["better"]], evidence)
+
+
 def tuned_alike(declaration: dict) -> bool:
     """Did the headline and both specialists have the same trials?"""
     compared = {declaration["headline"], *(endpoint["single"] for endpoint in declaration["endpoints"].values())}
     return bool(declaration["tuning"]) and compared <= {*declaration["tuning"]["arms"]}
-
-
-def failed_directions(decisions: dict | None) -> bool:
-    return not (decisions and decisions["both"])
 
 
 def sigma_refutations(sigma: dict) -> list[dict]:
