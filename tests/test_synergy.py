@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from umm import seed_stats
 from umm.board import Board
@@ -27,6 +28,7 @@ from umm.config import nest
 from umm.declared import configuration
 from umm.errors import ConfigError, UmmError
 from umm.many_runs import Meter, keep, perform, train_and_judge
+from umm.operations import Operations
 from umm.runs import Run
 from umm.synergy import Declaration, read_declaration
 from umm.synergy_analysis import analyse, decisions
@@ -647,6 +649,18 @@ def test_real_runs_are_trained_judged_and_counted_and_the_stop_arms_equal_the_sp
     assert costs["U"]["flops"] < costs["G"]["flops"] < costs["J"]["flops"] == costs["U"]["flops"] + costs["G"]["flops"]
     run = folder / "J" / "seed1"
     assert (run / "model").is_dir() and (run / "eval" / "val.json").exists() and not (run / "checkpoints").exists()
+
+
+def test_operations_are_those_that_torch_counts():
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Flatten(2), torch.nn.TransformerEncoderLayer(36, 4, 16, 0.0)
+    )
+    totals = []
+    for counter in (Operations(), FlopCounterMode(display=False)):
+        with counter:
+            network(torch.ones(2, 3, 8, 8)).square().sum().backward()
+        totals.append(counter.total if isinstance(counter, Operations) else counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
 
 
 def test_counting_operations_changes_no_bit_of_a_run(tiny, tmp_path):

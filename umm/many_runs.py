@@ -159,7 +159,7 @@ class Meter:
         trainer.train_step = self.counted
 
     def counted(self, micro_batches: dict[str, list[dict]]):
-        from torch.utils.flop_counter import FlopCounterMode
+        from umm.operations import Operations
 
         images = self.trainer.images_at(self.trainer.step)
         at_work = tuple(one.key for one in self.trainer.learners if images >= one.phase.start)
@@ -167,9 +167,9 @@ class Meter:
         if kind.steps % (self.SELDOM if kind.agreeing >= self.SURE else self.OFTEN):
             logs = self.train_step(micro_batches)
         else:
-            with FlopCounterMode(display=False) as counter:
+            with Operations() as counter:
                 logs = self.train_step(micro_batches)
-            kind.count(counter.get_total_flops())
+            kind.count(counter.total)
         kind.steps += 1
         self.total += kind.last
         return logs
