@@ -154,7 +154,7 @@ def diagnose() -> str:
     for name, found in result("tiny-diagnose").items():
         numbers = {row["metric"]: row["value"] for row in found["numbers"] if row["coordinates"] == "standardised"}
         shown = [f"{numbers[metric]:z.{digits}f}" for metric, digits in columns.values()]
-        rows.append([name.partition(", with")[0], f"{numbers['channels']:.0f}", *shown])
+        rows.append([name, f"{numbers['channels']:.0f}", *shown])
     return table(["standardised latents", "channels", *columns], rows)
 
 
