@@ -23,6 +23,7 @@ SMALL = {
     "eval": "eval.bootstrap=20 eval.images=32 eval.batch_size=32".split(),
     "sample": ["--steps", "4"],
     "classify": [*SCENES, "probe.steps=20"],
+    "diagnose": ["data.train=96"],
 }
 
 
