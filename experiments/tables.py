@@ -17,6 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from umm import seed_stats
+from umm.flow import dimension_shift
 
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -206,7 +207,7 @@ def dimension() -> str:
     for name, space in found["spaces"].items():
         k, changed = space["shape"][0], space["changed"].get("gen", {})
         width = changed.get("gen.dit.width", found["declaration"]["stages"]["gen"]["gen"]["dit"]["width"])
-        shift = changed.get("gen.flow.shift", math.sqrt(math.prod(space["shape"]) / 4096))
+        shift = changed.get("gen.flow.shift", dimension_shift(math.prod(space["shape"])))
         pairs = zip(made[name]["per_seed"].values(), drawn[name]["per_seed"].values())
         added = seed_stats.mean_of([fd - floor for fd, floor in pairs])
         rows.append([f"{k}", f"{width}", f"{shift:.2f}", interval(psnr[name], 1)])

@@ -87,10 +87,6 @@ class AdaptedAnswering(Adapted, Answering):
 class AdaptedRecon(Adapted, Recon):
     """A decoder of adapted latents."""
 
-    def loss(self, phase: str, batch: dict[str, Tensor], rng: PictureRNG, images: int) -> dict[str, Tensor]:
-        moved = self.space.normalizer.adapted(batch["latent"])
-        return super().loss(phase, batch | {"latent": moved}, rng, images)
-
     @torch.no_grad()
     def sample(self, modules: dict[str, nn.Module], file: Path) -> None:
         if self.val is None:

@@ -86,13 +86,13 @@ def test_an_untrained_adapter_changes_no_bit_and_a_trained_one_no_length(mode):
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     raw, z = space.raw(images), space.encode(images)
     fresh = adapted(space, Adapter(space.spec, 16, 2))
-    assert torch.equal(fresh.encode(images), z) and torch.equal(fresh.normalizer.adapted(raw), raw)
+    assert torch.equal(fresh.encode(images), z) and torch.equal(fresh.normalizer.restored(raw), raw)
     other = adapted(space, an_adapter(space.spec, 0.5))
     y = other.encode(images)
     assert not torch.allclose(y, z, atol=0.1)
     torch.testing.assert_close(y.norm(dim=1), z.norm(dim=1))
     if mode != "sphere":
-        torch.testing.assert_close(other.normalizer.undo(y), other.normalizer.adapted(raw))
+        torch.testing.assert_close(other.normalizer.undo(y), other.normalizer.restored(raw))
     assert torch.equal(space.encode(images), z), "the space itself is left as it was"
 
 

@@ -55,8 +55,11 @@ class Declaration(Declared):
         """{dotted setting: value} of a space's runs of a stage, but for what the run itself decides."""
         space = self.spaces[name]
         latent = {f"latent.{key}": value for key, value in flatten(space.latent)}
-        both = dict(flatten(self.overrides)) | dict(flatten(self.stages[stage]))
-        return both | latent | self.changed(name).get(stage, {}) | {"eval.split": self.split}
+        return self.common(stage) | latent | self.changed(name).get(stage, {}) | {"eval.split": self.split}
+
+    def common(self, stage: str) -> dict[str, Any]:
+        """{dotted setting: value} that all spaces' runs of a stage are given."""
+        return dict(flatten(self.overrides)) | dict(flatten(self.stages[stage]))
 
     def changed(self, name: str) -> dict[str, dict[str, Any]]:
         """{stage: {dotted setting: value}} in which a space differs from the others."""

@@ -17,7 +17,6 @@ from umm import seed_stats
 from umm.compare import STAGES, Declaration
 from umm.compare_plots import plots
 from umm.compare_run import ENCODING, warnings_of
-from umm.config import flatten
 from umm.errors import UmmError
 from umm.many_runs import mean_costs, results, row_of
 from umm.sections import Section, measured, number, table, write
@@ -156,8 +155,7 @@ def budget(declared: Declaration) -> str:
     given = []
     for stage, what in {"recon": "a decoder", "gen": "a generator", "und": "a probe"}.items():
         if stage in declared.stages:
-            settings = dict(flatten(declared.overrides)) | dict(flatten(declared.stages[stage]))
-            given.append(f"{what} {settings.get('train.images', TrainSettings().images)} pictures")
+            given.append(f"{what} {declared.common(stage).get('train.images', TrainSettings().images)} pictures")
     own = [name for name in declared.spaces
            if any(key.startswith("train.") for stage in declared.changed(name).values() for key in stage)]  # fmt: skip
     who = f"Every space but {', '.join(own)} (see below)" if own else "Every space"

@@ -62,10 +62,11 @@ def evaluate_joint(folder: str, baselines: Sequence[str] = (), overrides: Sequen
     configs = {part: part_config(whole, part, named) for part in parts_of(model)}
     judged = judge(seen[0].name, model, configs, accelerator)
     judged.notes += adapter_notes(model)
-    others = [judge_baseline(one.name, Run(one.folder), model, configs, judged, accelerator) for one in seen[1:]]
-    trained = [run_config(Run(one.folder), ()) for one in seen]
-    for other, config in zip(others, trained[1:]):
+    trained, others = [run_config(Run(one.folder), ()) for one in seen], []
+    for one, config in zip(seen[1:], trained[1:]):
+        other = judge_baseline(one.name, Run(one.folder), config, model, configs, judged, accelerator)
         other.notes += unlike(trained[0], config, other.parts)
+        others.append(other)
     if not accelerator.is_main_process:
         return ""
     rows, notes = compared(judged, others, whole.seed, whole.eval.bootstrap)
@@ -149,10 +150,15 @@ def judge(name: str, model: UnifiedModel, configs: Mapping[str, DictConfig], acc
 
 
 def judge_baseline(
-    name: str, run: Run, model: UnifiedModel, configs: Mapping[str, DictConfig], joint: Judged, accelerator: Accelerator
+    name: str,
+    run: Run,
+    saved: DictConfig,
+    model: UnifiedModel,
+    configs: Mapping[str, DictConfig],
+    joint: Judged,
+    accelerator: Accelerator,
 ) -> Judged:
     """The baseline on what it was trained for; an evaluation it already has is used where it was made alike."""
-    saved = run_config(run, ())
     other = UnifiedModel.load(run.folder, accelerator.device)
     check_space(run, other, model)
     parts = [part for part in parts_of(other) if part in configs and trained_for(saved, part)]
@@ -163,7 +169,7 @@ def judge_baseline(
     if len(refused) == len(parts):
         raise UmmError(f"{run.folder} {refused[parts[0]]}: give a baseline that was trained on the same classes.")
     fit = {part: config for part, config in own.items() if part not in refused}
-    judged = judged_alone(name, run, other, fit, joint, accelerator)
+    judged = judged_alone(name, run, saved, other, fit, joint, accelerator)
     judged.notes += [f"{part} was not judged: it {reason}" for part, reason in refused.items()]
     judged.notes += adapter_notes(other)
     if adapter_digest(other.space) != adapter_digest(model.space):
@@ -175,14 +181,21 @@ def judge_baseline(
 
 
 def judged_alone(
-    name: str, run: Run, model: UnifiedModel, configs: Mapping[str, DictConfig], joint: Judged, accelerator: Accelerator
+    name: str,
+    run: Run,
+    saved: DictConfig,
+    model: UnifiedModel,
+    configs: Mapping[str, DictConfig],
+    joint: Judged,
+    accelerator: Accelerator,
 ) -> Judged:
     """What is found of a baseline, now or in an earlier evaluation; written where it replaces no evaluation of its own.
 
     Args:
+        saved: the baseline's own configuration.
         configs: of its parts, by which the joint model was judged.
     """
-    saved, (part, config) = run_config(run, ()), next(iter(configs.items()))
+    part, config = next(iter(configs.items()))
     beside = Run(run.folder / BESIDE)
     if len(configs) == 1 and part in joint.parts:
         for place in (run, beside):

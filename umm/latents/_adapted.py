@@ -28,7 +28,7 @@ class AdaptedNormalizer(Normalizer):
         """Raw latents (B, C, h, w) -> standardised ones that no adapter has moved."""
         return super().forward(z)
 
-    def adapted(self, z: Tensor) -> Tensor:
+    def restored(self, z: Tensor) -> Tensor:
         """Written as a difference: an adapter that moves nothing returns raw latents bit for bit."""
         before = self.unadapted(z)
         return z + (self.undo(self.adapter(before)) - self.undo(before)).to(z.dtype)

@@ -162,15 +162,10 @@ class Normalizer(nn.Module):
         return z * (self.var + self.eps).sqrt() + self.mean
 
     def restored(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) as `undo` gives them back: themselves, but on the sphere, where lengths are lost.
-
-        A decoder that learned other lengths than it is given later would draw worse.
+        """Raw latents (B, C, h, w) as a decoder reads them: themselves, but where an adapter moves them, and on the
+        sphere, where lengths are lost: a decoder that learned other lengths than it is given later would draw worse.
         """
         return self.undo(self(z)) if self.mode == "sphere" else z
-
-    def adapted(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) as a decoder reads them: moved where an adapter moves latents, else themselves."""
-        return z
 
 
 @dataclass
