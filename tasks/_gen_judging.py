@@ -19,7 +19,7 @@ from umm import flow
 from umm.build import judged_data, open_source, settings_of
 from umm.data.base import DataSource, collate
 from umm.errors import ConfigError, DataError
-from umm.judging import Judges, Records, share_of
+from umm.judging import OF_CLASSES, Judges, Records, share_of
 from umm.latents._adapted import adapted_identity
 from umm.loader import to_device
 from umm.metrics._conflict import conflicts
@@ -194,7 +194,7 @@ class Exam:
         records, classes = Records(), self.drawer.dit.num_classes
         for space, store in self.with_training().items() if classes else ():
             probe = RidgeProbe(store.rows("train"), self.labels_of(store, "train"), classes)
-            for metric, side in (("class_agreement", "fake"), ("probe_accuracy", "real")):
+            for metric, side in zip(OF_CLASSES, ("fake", "real")):
                 right = (probe(store.rows(side)).cpu() == self.labels_of(store, side).cpu()).double().tolist()
                 draw = np.random.default_rng(derive_seed(self.config.seed, "bootstrap", metric, space))
                 interval = bootstrap(right, draw, self.settings.bootstrap)

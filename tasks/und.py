@@ -26,7 +26,7 @@ from umm.errors import DataError
 from umm.heads.attentive import AttentiveReader
 from umm.heads.dit import DiT
 from umm.heads.linear import LinearReader
-from umm.judging import Records, share_of
+from umm.judging import CHANCE, Records, share_of
 from umm.latents.base import LatentSpace
 from umm.loader import first, to_device
 from umm.metrics.base import PictureIds
@@ -236,7 +236,7 @@ def class_records(answers: list[tuple[str, int, int]], classes: list[str]) -> Re
         confusion[label, answer] += 1
     counts, right = confusion.sum(1), confusion.diag()
     rows = [row("accuracy", int(right.sum()), int(counts.sum()))]
-    rows.append(row("accuracy of the most frequent class alone", int(counts.max()), int(counts.sum())))
+    rows.append(row(CHANCE, int(counts.max()), int(counts.sum())))
     there = [k for k in range(len(classes)) if counts[k]]
     worst_first = sorted(there, key=lambda k: float(right[k] / counts[k]))
     shown = there if len(there) <= SHOWN else worst_first[:SHOWN]

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from umm.config import flatten, read_yaml
 from umm.declared import Declared, check_free, check_name, configuration, known, listed, typed
 from umm.errors import ConfigError, UnknownName
+from umm.judging import CHANCE, OF_CLASSES
 from umm.registry import find
 
 STAGES = ("recon", "gen", "und")  # tasks, in this order
@@ -155,15 +156,14 @@ def check_column(row: Any, configs: dict[str, list[DictConfig]], where: str) -> 
 def judged(config: DictConfig) -> dict[str, Sequence[str]] | None:
     """{number: feature spaces it is measured in} of a run's evaluation; None: not known before it."""
     if config.task == "und":
-        names = ("accuracy", "accuracy of the most frequent class alone")
-        return dict.fromkeys(names, ()) if config.und.kind == "classify" else None
+        return dict.fromkeys(("accuracy", CHANCE), ()) if config.und.kind == "classify" else None
     spaces, found = [*config.eval.features, *(["latents"] if config.task == "gen" else [])], {}
     for name in config.eval.metrics:
         metric = find("metrics", name)
         numbers = metric.numbers or (f"lpips_{config.eval.lpips}",)  # the one that is named after its network
         found |= dict.fromkeys(numbers, () if metric.paired else spaces)
     if config.task == "gen" and config.gen.conditional:
-        found |= dict.fromkeys(("class_agreement", "probe_accuracy"), spaces)
+        found |= dict.fromkeys(OF_CLASSES, spaces)
     if config.task == "recon" and config.eval.baselines:
         found |= dict.fromkeys(("psnr of the mean picture", "psnr of an untrained decoder"), ())
     return found

@@ -19,7 +19,7 @@ from umm.build import open_source
 from umm.config import TASKS, combine, config_hash, flatten, schema
 from umm.errors import MissingHead, UmmError
 from umm.evaluate import run_config, write
-from umm.judging import Records
+from umm.judging import OF_CLASSES, Records
 from umm.latents._adapted import adapter_digest
 from umm.metrics._conflict import MARK
 from umm.model import UnifiedModel
@@ -33,7 +33,6 @@ from umm.stats import bootstrap, paired_differences, sign_flip_p
 
 PARTS = {"recon": "decoder", "gen": "dit", "und": "und", "vqa": "vqa", "llm": "llm"}  # part -> its head
 KEPT = ("seed", "run", "data", "latent", "cache", "train")  # sections that every task has
-OF_CLASSES = ("class_agreement", "probe_accuracy")  # numbers of samples that depend on what the classes are
 BESIDE = "baseline"  # folder in that of a baseline: what was found of it beside a joint model
 IMAGES = "training images of each part"
 

@@ -21,6 +21,9 @@ from umm.rng import derive_seed
 from umm.settings import EvalSettings
 from umm.stats import bootstrap
 
+OF_CLASSES = ("class_agreement", "probe_accuracy")  # of samples and of real pictures: what a class is matters
+CHANCE = "accuracy of the most frequent class alone"
+
 
 @dataclass
 class Records:
